@@ -1,0 +1,97 @@
+//! A checkpoint made ready for text: engine, tokenizer and generation defaults that belong together.
+
+use crate::engine::Engine;
+use crate::generation_config::{GenerationConfig, GenerationConfigError};
+use crate::sampler::{Sampler, SamplerError, SamplingOptions};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use m1_model::checkpoint::{self, CheckpointError, WeightDtype};
+use m1_model::device::OpenDevice;
+use std::path::Path;
+
+/// How to load.
+#[derive(Debug, Clone, Default)]
+pub struct LoadSettings {
+    /// Weights in memory; `None`: f32 on the CPU (where bf16 operands are widened at every call), as stored elsewhere.
+    pub dtype: Option<WeightDtype>,
+    /// `rotary_dim` for a `minimax` checkpoint whose config does not tell.
+    pub rotary_dim: Option<usize>,
+    /// The most tokens of a sequence; `None`: the model's `max_position_embeddings`.
+    pub context: Option<usize>,
+}
+
+/// Why a checkpoint can't be used for text.
+#[derive(Debug, thiserror::Error)]
+pub enum AssetsError {
+    /// No such directory.
+    #[error("{0}: no such directory (--model takes the directory of a checkpoint, with config.json in it)")]
+    NotADirectory(String),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The generation defaults.
+    #[error(transparent)]
+    Generation(#[from] GenerationConfigError),
+    /// Configuration or weights.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Tokenizer and model are of different models.
+    #[error("{dir}: tokenizer.json has ids up to {largest}, and config.json's vocab_size is {vocab}: they do not belong together")]
+    Vocabulary {
+        /// The checkpoint.
+        dir: String,
+        /// The tokenizer's largest id.
+        largest: usize,
+        /// The model's ids.
+        vocab: usize,
+    },
+}
+
+/// All that a conversation needs of a checkpoint.
+#[derive(Debug)]
+pub struct Assets {
+    /// The model.
+    pub engine: Engine,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its sampling defaults.
+    pub generation: GenerationConfig,
+    /// The ids that end a turn.
+    pub end_ids: Vec<u32>,
+}
+
+impl Assets {
+    /// Loads the checkpoint in `dir` onto `device`. Text files are read first: a mistake there shows at once.
+    pub fn load(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<Self, AssetsError> {
+        if !dir.is_dir() {
+            return Err(AssetsError::NotADirectory(dir.display().to_string()));
+        }
+        let tokenizer = Tokenizer::from_dir(dir)?;
+        let generation = GenerationConfig::read(dir)?.unwrap_or_default();
+        let engine = Engine::new(load_model(dir, device, settings)?, settings.context);
+        let config = engine.config();
+        if tokenizer.size() > config.vocab_size {
+            return Err(AssetsError::Vocabulary {
+                dir: dir.display().to_string(),
+                largest: tokenizer.size() - 1,
+                vocab: config.vocab_size,
+            });
+        }
+        let mut end_ids = generation.end_ids(&tokenizer);
+        if end_ids.is_empty() {
+            end_ids = config.eos_token_ids();
+        }
+        Ok(Self { engine, tokenizer, generation, end_ids })
+    }
+
+    /// A sampler that knows which ids exist.
+    pub fn sampler(&self, options: SamplingOptions) -> Result<Sampler, SamplerError> {
+        Sampler::new(options, Some(self.tokenizer.known(self.engine.config().vocab_size)))
+    }
+}
+
+/// The model alone, with the dtype that suits the device.
+pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
+    let dtype = settings.dtype.or(device.is_cpu.then_some(WeightDtype::F32));
+    let options = checkpoint::LoadOptions { dtype, rotary_dim: settings.rotary_dim, progress: true };
+    checkpoint::load(dir, &device.device, &options)
+}

@@ -1,0 +1,101 @@
+//! Flags that several commands share.
+
+use crate::assets::{Assets, LoadSettings};
+use crate::sampler::SamplingOptions;
+use clap::ValueEnum;
+use m1_model::checkpoint::WeightDtype;
+use m1_model::device::{DeviceChoice, OpenDevice};
+use std::path::PathBuf;
+
+/// Which model, where.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ModelArgs {
+    /// Directory of a checkpoint in Hugging Face form: config.json, safetensors, tokenizer.json
+    #[arg(long, short, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Where to run: auto (CUDA, then a GPU through wgpu, then the CPU), cuda[:N], wgpu[:N] or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Weights in memory [default: f32 on the CPU, as stored elsewhere]
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<Dtype>,
+    /// Rotated dimensions of a head, for a `minimax` checkpoint whose config does not tell
+    #[arg(long, value_name = "N")]
+    pub rotary_dim: Option<usize>,
+}
+
+/// A dtype of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// Four bytes a weight.
+    F32,
+    /// Two bytes a weight.
+    Bf16,
+}
+
+impl ModelArgs {
+    /// Finds the device and says which it is.
+    pub fn open_device(&self) -> anyhow::Result<OpenDevice> {
+        let device = self.device.open()?;
+        note!("device: {}", device.name);
+        Ok(device)
+    }
+
+    /// How to load, with the context limited to `context` tokens.
+    pub fn settings(&self, context: Option<usize>) -> LoadSettings {
+        let dtype = self.dtype.map(|dtype| match dtype {
+            Dtype::F32 => WeightDtype::F32,
+            Dtype::Bf16 => WeightDtype::Bf16,
+        });
+        LoadSettings { dtype, rotary_dim: self.rotary_dim, context }
+    }
+
+    /// Loads model and tokenizer.
+    pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
+        Ok(Assets::load(&self.model, &self.open_device()?, &self.settings(context))?)
+    }
+}
+
+/// How to sample; what is not given comes from generation_config.json.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct SamplingArgs {
+    /// Randomness; 0 takes the likeliest token [default: generation_config.json, else 1.0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep the likeliest tokens that make up this share [default: generation_config.json, else 0.95]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Keep the N likeliest tokens; 0 keeps all
+    #[arg(long, value_name = "N")]
+    pub top_k: Option<usize>,
+    /// Keep tokens at least X times as likely as the likeliest
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Above 1, tokens that came before become less likely
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// The same seed gives the same text
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// These settings over `defaults`, checked.
+    pub fn over(&self, defaults: SamplingOptions) -> anyhow::Result<SamplingOptions> {
+        let options = SamplingOptions {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            seed: self.seed.or(defaults.seed),
+        };
+        options.validate()?;
+        Ok(options)
+    }
+
+    /// Finds a setting outside its range before a model is loaded.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.over(SamplingOptions::default()).map(drop)
+    }
+}

@@ -1,0 +1,209 @@
+//! `m1 inspect`: what a checkpoint is and what running it takes, from its configuration and names alone. A directory
+//! with only a `config.json` and an index will do.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::bail;
+use m1_model::checkpoint::{Comparison, Directory, WeightDtype};
+use m1_model::config::AttentionKind;
+use m1_model::flops;
+use serde_json::{Value, json};
+
+/// Options of `m1 inspect`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Reads no weights. Where the directory lists its tensors (an index or model.safetensors), the exit status \
+is 1 if any is missing or unexpected or, with all files there, if a header is wrong; a bare config.json is fine."
+)]
+pub struct Args {
+    /// Checkpoint directory; config.json and model.safetensors.index.json will do
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// One JSON object on stdout, every number a plain integer, names in full
+    #[arg(long)]
+    json: bool,
+    /// Tokens of context at which cache, memory and FLOPs are given
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
+    context: u64,
+    /// Dimensions of a head that RoPE turns, above what the configuration says
+    #[arg(long, value_name = "N")]
+    rotary_dim: Option<usize>,
+}
+
+/// Prints the report; an error if the checkpoint is not what its configuration says.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let directory = Directory::open(&args.model, args.rotary_dim)?;
+    let comparison = directory.compare();
+    // With every shard there, their headers are checked too; an index may also stand alone.
+    let complete = directory.has_weights() && directory.files().iter().all(|file| file.exists());
+    let sound = comparison.missing.is_empty() && comparison.unexpected.is_empty();
+    let stored = if complete && sound { Some(directory.verify()?) } else { None };
+
+    let report = report(&args, &directory, &comparison, stored);
+    let text = if args.json { format!("{report:#}\n") } else { table(&report) };
+    std::io::stdout().write_all(text.as_bytes())?;
+    if directory.has_weights() && !sound {
+        let (missing, unexpected) = (comparison.missing.len(), comparison.unexpected.len());
+        bail!("{}: {missing} tensors missing, {unexpected} unexpected", directory.listed_in().display());
+    }
+    Ok(())
+}
+
+fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: Option<u64>) -> Value {
+    let config = directory.config();
+    let context = args.context as usize;
+    let kind = if directory.is_hugging_face() { m1_model::checkpoint::HF_MODEL_TYPE } else { &config.model_type };
+    let both = |bytes: &dyn Fn(WeightDtype) -> u128| json!({ "f32": integer(bytes(WeightDtype::F32)), "bf16": integer(bytes(WeightDtype::Bf16)) });
+    json!({
+        "model": args.model.display().to_string(),
+        "model_type": kind,
+        "layers": {
+            "lightning": config.layers_of(AttentionKind::Lightning),
+            "softmax": config.layers_of(AttentionKind::Softmax),
+        },
+        "parameters": integer(flops::parameters(config)),
+        "active_parameters": integer(flops::active_parameters(config)),
+        "tensors": {
+            "listed": directory.has_weights(),
+            "expected": comparison.expected,
+            "found": comparison.found,
+            "missing": comparison.missing,
+            "unexpected": comparison.unexpected,
+        },
+        "files": { "listed": directory.files().len(), "present": directory.files().iter().filter(|f| f.exists()).count() },
+        "weight_bytes": {
+            "stored": stored,
+            "f32": integer(flops::weight_bytes(config, WeightDtype::F32)),
+            "bf16": integer(flops::weight_bytes(config, WeightDtype::Bf16)),
+        },
+        "cache_bytes_per_sequence": integer(flops::state_bytes(config)),
+        "cache_bytes_per_token": both(&|dtype| flops::kv_bytes_per_token(config, dtype)),
+        "context": context,
+        "flops_per_token": integer(flops::flops_per_token(config, context)),
+        "device_memory_bytes": both(&|dtype| {
+            flops::weight_bytes(config, dtype) + flops::cache_bytes(config, context, dtype)
+        }),
+    })
+}
+
+/// JSON's integers are 64 bits wide; no valid configuration reaches their end at a context that `--context` takes.
+fn integer(n: u128) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+/// The report for people.
+fn table(report: &Value) -> String {
+    let n = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+    let count = |path: &str| grouped(n(path));
+    let size = |path: &str| bytes(n(path));
+    let names = |path: &str| report.pointer(path).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let (missing, unexpected) = (names("/tensors/missing"), names("/tensors/unexpected"));
+
+    let mut text = String::new();
+    let mut line = |key: &str, value: String| text.push_str(&format!("{key:<12}{value}\n"));
+    let text_of = |key: &str| report[key].as_str().unwrap_or_default().to_string();
+    line("model", format!("{} ({})", text_of("model"), text_of("model_type")));
+    line("layers", format!("{} lightning, {} softmax", n("/layers/lightning"), n("/layers/softmax")));
+    line("parameters", format!("{} in all", count("/parameters")));
+    line("", format!("{} active per token, without embedding and head", count("/active_parameters")));
+    if report["tensors"]["listed"] == true {
+        let (expected, found) = (count("/tensors/expected"), count("/tensors/found"));
+        let (lacking, beyond) = (grouped(missing.len() as u64), grouped(unexpected.len() as u64));
+        line("tensors", format!("{expected} expected, {found} found, {lacking} missing, {beyond} unexpected"));
+        line("files", format!("{} listed, {} present", count("/files/listed"), count("/files/present")));
+    } else {
+        line("tensors", format!("{} expected; no weights here", count("/tensors/expected")));
+    }
+    line("weights", format!("{} in bf16, {} in f32", size("/weight_bytes/bf16"), size("/weight_bytes/f32")));
+    if report["weight_bytes"]["stored"].is_u64() {
+        line("", format!("{} as stored", size("/weight_bytes/stored")));
+    }
+    let per_token = (count("/cache_bytes_per_token/bf16"), count("/cache_bytes_per_token/f32"));
+    line("cache", format!("{} a sequence", size("/cache_bytes_per_sequence")));
+    line("", format!("and a token {} bytes in bf16, {} in f32", per_token.0, per_token.1));
+    line("compute", format!("{} FLOPs a token at a context of {}", count("/flops_per_token"), count("/context")));
+    let memory = (size("/device_memory_bytes/bf16"), size("/device_memory_bytes/f32"));
+    line("memory", format!("{} in bf16, {} in f32: weights and one sequence at that context", memory.0, memory.1));
+    if report["tensors"]["listed"] == true {
+        for (kind, names) in [("missing", missing), ("unexpected", unexpected)] {
+            for name in names.iter().take(10).filter_map(Value::as_str) {
+                line(kind, name.to_string());
+            }
+            if names.len() > 10 {
+                line("", format!("… and {} more (--json lists them all)", names.len() - 10));
+            }
+        }
+    }
+    text
+}
+
+/// Digits in threes.
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn bytes(n: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let step = if n == 0 { 0 } else { (n.ilog2() / 10) as usize };
+    match step {
+        0 => format!("{n} bytes"),
+        _ => format!("{:.1} {}", n as f64 / (1u64 << (10 * step)) as f64, units[step.min(units.len() - 1)]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_people() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(grouped(456_089_655_296), "456,089,655,296");
+        assert_eq!(bytes(1023), "1023 bytes");
+        assert_eq!(bytes(280 << 20), "280.0 MiB");
+        assert_eq!(bytes(3 << 39), "1.5 TiB");
+    }
+
+    #[test]
+    fn a_bare_configuration_is_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = m1_model::config::ModelConfig::preset("nano").unwrap();
+        std::fs::write(folder.path().join("config.json"), config.to_json()).unwrap();
+        let args = Args { model: folder.path().into(), json: true, context: 100, rotary_dim: None };
+        let directory = Directory::open(&args.model, None).unwrap();
+        let report = report(&args, &directory, &directory.compare(), None);
+        assert_eq!(report["tensors"]["found"], 0);
+        assert_eq!(report["tensors"]["missing"].as_array().unwrap().len() as u64, report["tensors"]["expected"]);
+        // 7 lightning layers of 4 heads · 32 · 32 in f32; 1 softmax layer of 2 kv heads · 32, k and v
+        assert_eq!(report["cache_bytes_per_sequence"], 7 * 4 * 32 * 32 * 4);
+        assert_eq!(report["cache_bytes_per_token"]["f32"], 2 * 2 * 32 * 4);
+        assert!(table(&report).contains("no weights here"));
+        run(args).unwrap();
+    }
+
+    #[test]
+    fn an_index_that_lacks_a_tensor_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = m1_model::config::ModelConfig::preset("nano").unwrap();
+        std::fs::write(folder.path().join("config.json"), config.to_json()).unwrap();
+        let mut names = m1_model::checkpoint::tensors(&config);
+        names.retain(|tensor| tensor.name != "lm_head.weight");
+        let map: serde_json::Map<_, _> =
+            names.into_iter().map(|t| (t.name, json!("model-00001-of-00001.safetensors"))).collect();
+        let index = json!({ "weight_map": map }).to_string();
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+        let args = Args { model: folder.path().into(), json: false, context: 0, rotary_dim: None };
+        let said = run(args).unwrap_err().to_string();
+        assert!(said.contains("1 tensors missing, 0 unexpected"), "{said}");
+    }
+}

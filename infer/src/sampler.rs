@@ -1,0 +1,366 @@
+//! From logits to one id. The order of the steps is that of Hugging Face's `generate` (penalty, temperature, top-k,
+//! top-p, min-p), since that is what a checkpoint's `generation_config.json` was tuned with; what is different is the
+//! mask: ids that the tokenizer does not know (M1's embedding has such rows) are out before anything else is looked at.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::hash::{BuildHasher, Hasher};
+
+/// How to sample. The defaults are MiniMax-M1's own: temperature 1.0, top_p 0.95.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingOptions {
+    /// Divides the logits; 0 takes the most likely id (greedy).
+    pub temperature: f32,
+    /// Keep the `top_k` most likely ids; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the fewest ids whose probabilities reach `top_p` together; 1 keeps all.
+    pub top_p: f32,
+    /// Keep ids at least `min_p` times as likely as the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Above 1, ids that stand in the text become less likely (CTRL, arXiv 1909.05858); 1 is off.
+    pub repetition_penalty: f32,
+    /// Seed of the draw; `None` takes one from the operating system's entropy.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingOptions {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 0.95, min_p: 0.0, repetition_penalty: 1.0, seed: None }
+    }
+}
+
+/// What is wrong with the options or with the logits.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum SamplerError {
+    /// A setting outside its range.
+    #[error("{name} is {value}, and must be {range}")]
+    Range {
+        /// The setting's name.
+        name: &'static str,
+        /// Its value.
+        value: f32,
+        /// What would be right.
+        range: &'static str,
+    },
+    /// The model's output is NaN or infinite, so that nothing can be drawn.
+    #[error("the model's logits are not finite (id {id}): the weights are damaged or overflow their dtype")]
+    NotFinite {
+        /// First id with such a logit.
+        id: usize,
+    },
+    /// Mask and logits of different sizes, or a mask that allows nothing.
+    #[error("no id can be sampled: {allowed} of {vocab} ids are known to the tokenizer")]
+    NothingAllowed {
+        /// Ids allowed within the vocabulary.
+        allowed: usize,
+        /// Length of the logits.
+        vocab: usize,
+    },
+}
+
+impl SamplingOptions {
+    /// Checks every range; the error names the setting.
+    pub fn validate(&self) -> Result<(), SamplerError> {
+        let check = |ok: bool, name, value, range| {
+            if ok { Ok(()) } else { Err(SamplerError::Range { name, value, range }) }
+        };
+        let t = self.temperature;
+        check((0.0..=100.0).contains(&t), "temperature", t, "between 0 (greedy) and 100")?;
+        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")?;
+        check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "between 0 and 1")?;
+        let r = self.repetition_penalty;
+        check(r > 0.0 && r <= 100.0, "repetition_penalty", r, "above 0 and at most 100 (1 is off)")
+    }
+}
+
+/// One drawn id.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampled {
+    /// The token id.
+    pub id: u32,
+    /// Its log-probability under the model: log-softmax of the raw logits over the whole vocabulary.
+    pub log_prob: f32,
+    /// Its log-probability under the distribution it was drawn from (0 when greedy).
+    pub draw_log_prob: f32,
+}
+
+/// Draws ids; the same seed and the same logits give the same ids.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    options: SamplingOptions,
+    allowed: Option<Vec<bool>>,
+    rng: ChaCha8Rng,
+    seed: u64,
+    candidates: Vec<(u32, f32)>,
+}
+
+impl Sampler {
+    /// A sampler that draws only ids for which `allowed` is true (`None`: any id).
+    pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
+        options.validate()?;
+        let seed = options.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
+        Ok(Self { options, allowed, rng: ChaCha8Rng::seed_from_u64(seed), seed, candidates: Vec::new() })
+    }
+
+    /// The seed in use, also when it was not given.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The settings in use.
+    pub fn options(&self) -> &SamplingOptions {
+        &self.options
+    }
+
+    /// Changes the settings; the random stream goes on where it was, unless the new settings name another seed.
+    pub fn set_options(&mut self, options: SamplingOptions) -> Result<(), SamplerError> {
+        options.validate()?;
+        if let Some(seed) = options.seed.filter(|&seed| seed != self.seed) {
+            self.seed = seed;
+            self.rng = ChaCha8Rng::seed_from_u64(seed);
+        }
+        self.options = options;
+        Ok(())
+    }
+
+    /// Draws the id that follows `text` (its ids so far; only the repetition penalty looks at them) from raw
+    /// `logits` `[vocab]`.
+    pub fn sample(&mut self, logits: &[f32], text: &[u32]) -> Result<Sampled, SamplerError> {
+        if let Some(id) = logits.iter().position(|l| !l.is_finite()) {
+            return Err(SamplerError::NotFinite { id });
+        }
+        let allowed = self.allowed.as_deref();
+        self.candidates.clear();
+        self.candidates.extend(
+            (0u32..)
+                .zip(logits.iter().copied())
+                .filter(|(id, _)| allowed.is_none_or(|a| a.get(*id as usize).copied().unwrap_or(false))),
+        );
+        if self.candidates.is_empty() {
+            return Err(SamplerError::NothingAllowed { allowed: 0, vocab: logits.len() });
+        }
+        self.penalise(logits.len(), text);
+        let (id, draw_log_prob) =
+            if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw() };
+        Ok(Sampled { id, log_prob: log_prob(logits, id), draw_log_prob })
+    }
+
+    fn penalise(&mut self, vocab: usize, text: &[u32]) {
+        let penalty = self.options.repetition_penalty;
+        if penalty == 1.0 {
+            return;
+        }
+        let mut seen = vec![false; vocab];
+        for &id in text {
+            if let Some(seen) = seen.get_mut(id as usize) {
+                *seen = true;
+            }
+        }
+        for (id, logit) in &mut self.candidates {
+            if seen[*id as usize] {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
+    /// The likeliest candidate; of equals the one with the lowest id.
+    fn greedy(&self) -> u32 {
+        let best = self.candidates.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a });
+        best.map_or(0, |(id, _)| id)
+    }
+
+    fn draw(&mut self) -> (u32, f32) {
+        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
+        let c = &mut self.candidates;
+        // Likeliest first and, of equals, lowest id first: the order must not depend on the sort.
+        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if top_k > 0 && top_k < c.len() {
+            c.select_nth_unstable_by(top_k - 1, order);
+            c.truncate(top_k);
+        }
+        let max = c.iter().fold(f32::NEG_INFINITY, |m, x| m.max(x.1));
+        for x in c.iter_mut() {
+            x.1 = ((x.1 - max) / temperature).exp(); // weights, the largest is 1
+        }
+        let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
+        if top_p < 1.0 {
+            // All ids lighter than this together weigh less than 1 - top_p: none of them is in the nucleus, and
+            // 200 K of them need no sorting.
+            let floor = ((1.0 - f64::from(top_p)) * total / c.len() as f64) as f32;
+            c.retain(|x| x.1 >= floor);
+            c.sort_unstable_by(order);
+            let target = f64::from(top_p) * total;
+            let mut sum = 0.0;
+            let kept = c.iter().position(|x| {
+                sum += f64::from(x.1);
+                sum >= target
+            });
+            c.truncate(kept.map_or(c.len(), |last| last + 1).max(1));
+        }
+        if min_p > 0.0 {
+            c.retain(|x| x.1 >= min_p);
+        }
+        let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
+        let mut left = self.rng.random::<f64>() * total;
+        // Rounding may leave a hair of `left` after the last weight that is not zero: it takes the draw then.
+        let mut drawn = c[0];
+        for &x in c.iter().filter(|x| x.1 > 0.0) {
+            drawn = x;
+            left -= f64::from(x.1);
+            if left < 0.0 {
+                break;
+            }
+        }
+        (drawn.0, (f64::from(drawn.1) / total).ln() as f32)
+    }
+}
+
+/// log-softmax of `logits` `[vocab]` at `id`; the sum is taken in f64.
+pub fn log_prob(logits: &[f32], id: u32) -> f32 {
+    (f64::from(logits[id as usize]) - log_sum_exp(logits)) as f32
+}
+
+/// log-softmax of `logits` over the whole vocabulary.
+pub fn log_probs(logits: &[f32]) -> Vec<f32> {
+    let norm = log_sum_exp(logits);
+    logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l));
+    let sum: f64 = logits.iter().map(|&l| f64::from((l - max).exp())).sum();
+    f64::from(max) + sum.ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(options: SamplingOptions) -> Sampler {
+        Sampler::new(SamplingOptions { seed: options.seed.or(Some(7)), ..options }, None).unwrap()
+    }
+
+    fn plain() -> SamplingOptions {
+        SamplingOptions { top_p: 1.0, ..SamplingOptions::default() }
+    }
+
+    /// ids drawn from `logits` in 20,000 draws, as frequencies.
+    fn frequencies(options: SamplingOptions, logits: &[f32]) -> Vec<f64> {
+        let mut sampler = sampler(options);
+        let mut counts = vec![0.0; logits.len()];
+        for _ in 0..20_000 {
+            counts[sampler.sample(logits, &[]).unwrap().id as usize] += 1.0 / 20_000.0;
+        }
+        counts
+    }
+
+    fn close(found: &[f64], wanted: &[f64]) {
+        for (f, w) in found.iter().zip(wanted) {
+            assert!((f - w).abs() < 0.012 && (*w > 0.0 || *f == 0.0), "{found:?} is not {wanted:?}");
+        }
+    }
+
+    fn logs(p: &[f32]) -> Vec<f32> {
+        p.iter().map(|p| p.ln() + 3.0).collect()
+    }
+
+    #[test]
+    fn frequencies_follow_each_setting() {
+        let logits = logs(&[0.1, 0.4, 0.2, 0.3]);
+        close(&frequencies(plain(), &logits), &[0.1, 0.4, 0.2, 0.3]);
+        close(&frequencies(SamplingOptions { top_k: 2, ..plain() }, &logits), &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        close(&frequencies(SamplingOptions { top_p: 0.65, ..plain() }, &logits), &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        close(&frequencies(SamplingOptions { top_p: 0.75, ..plain() }, &logits), &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
+        close(&frequencies(SamplingOptions { min_p: 0.6, ..plain() }, &logits), &[0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        // Temperature 1/2 squares the probabilities.
+        close(
+            &frequencies(SamplingOptions { temperature: 0.5, ..plain() }, &logits),
+            &[1.0 / 30.0, 16.0 / 30.0, 4.0 / 30.0, 9.0 / 30.0],
+        );
+        // top_p looks at what top_k left: of {0.4, 0.3} the first alone is 57 %.
+        close(&frequencies(SamplingOptions { top_k: 2, top_p: 0.5, ..plain() }, &logits), &[0.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_large_vocabulary_is_cut_at_the_same_place_as_by_sorting_it_all() {
+        let n = 5000;
+        let logits: Vec<f32> = (0..n).map(|i| ((i * 7919) % n) as f32 * 0.004).collect();
+        let mut p = log_probs(&logits).iter().map(|l| f64::from(l.exp())).collect::<Vec<_>>();
+        p.sort_by(|a, b| b.total_cmp(a));
+        let mut sum = 0.0;
+        let nucleus = p.iter().take_while(|p| { let more = sum < 0.9; sum += **p; more }).count();
+        let mut sampler = sampler(SamplingOptions { top_p: 0.9, ..plain() });
+        sampler.sample(&logits, &[]).unwrap();
+        assert!(sampler.candidates.len().abs_diff(nucleus) <= 1, "{} of {nucleus}", sampler.candidates.len());
+        assert!(nucleus > 300 && nucleus < 4000);
+    }
+
+    #[test]
+    fn same_seed_same_ids_and_another_seed_others() {
+        let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin()).collect();
+        let ids = |seed| {
+            let mut s = sampler(SamplingOptions { seed: Some(seed), ..SamplingOptions::default() });
+            (0..50).map(|_| s.sample(&logits, &[]).unwrap().id).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(1), ids(1));
+        assert_ne!(ids(1), ids(2));
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equals_and_reports_the_models_log_probability() {
+        let mut s = sampler(SamplingOptions { temperature: 0.0, ..plain() });
+        let got = s.sample(&[0.0, 2.0, 2.0], &[]).unwrap();
+        assert_eq!(got.id, 1);
+        let wanted = -(2.0 + (-2.0f32).exp()).ln();
+        assert!((got.log_prob - wanted).abs() < 1e-6, "{} {wanted}", got.log_prob);
+    }
+
+    #[test]
+    fn the_drawn_log_probability_is_that_of_the_cut_distribution() {
+        let logits = logs(&[0.5, 0.3, 0.2]);
+        let mut s = sampler(SamplingOptions { top_k: 2, ..plain() });
+        for _ in 0..20 {
+            let got = s.sample(&logits, &[]).unwrap();
+            let (model, draw) = if got.id == 0 { (0.5f32, 0.625f32) } else { (0.3, 0.375) };
+            assert!((got.log_prob - model.ln()).abs() < 1e-5 && (got.draw_log_prob - draw.ln()).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn unknown_ids_are_never_sampled_however_likely() {
+        let options = SamplingOptions { seed: Some(1), temperature: 2.0, ..plain() };
+        let mut s = Sampler::new(options.clone(), Some(vec![true, false, true])).unwrap();
+        // Logits longer than the mask: what lies beyond it is unknown too.
+        let logits = [0.0, 50.0, 0.1, 90.0];
+        assert!((0..500).all(|_| [0, 2].contains(&s.sample(&logits, &[]).unwrap().id)));
+        s.set_options(SamplingOptions { temperature: 0.0, ..options.clone() }).unwrap();
+        assert_eq!(s.sample(&logits, &[]).unwrap().id, 2);
+        let mut none = Sampler::new(options, Some(vec![false; 4])).unwrap();
+        assert!(matches!(none.sample(&logits, &[]), Err(SamplerError::NothingAllowed { .. })));
+    }
+
+    #[test]
+    fn repetition_penalty_pushes_either_sign_down() {
+        let mut s = sampler(SamplingOptions { temperature: 0.0, repetition_penalty: 2.0, ..plain() });
+        assert_eq!(s.sample(&[1.0, 1.5], &[1, 1, 99]).unwrap().id, 0);
+        assert_eq!(s.sample(&[-1.5, -1.0], &[1]).unwrap().id, 0);
+        assert_eq!(s.sample(&[-1.5, -1.0], &[]).unwrap().id, 1);
+    }
+
+    #[test]
+    fn bad_settings_and_bad_logits_are_errors() {
+        for (options, name) in [
+            (SamplingOptions { temperature: -1.0, ..plain() }, "temperature"),
+            (SamplingOptions { temperature: f32::NAN, ..plain() }, "temperature"),
+            (SamplingOptions { top_p: 0.0, ..plain() }, "top_p"),
+            (SamplingOptions { min_p: 1.5, ..plain() }, "min_p"),
+            (SamplingOptions { repetition_penalty: 0.0, ..plain() }, "repetition_penalty"),
+        ] {
+            assert!(options.validate().unwrap_err().to_string().starts_with(name));
+        }
+        let mut s = sampler(plain());
+        assert_eq!(s.sample(&[0.0, f32::NAN], &[]), Err(SamplerError::NotFinite { id: 1 }));
+        // Extremes that underflow every other weight still draw.
+        assert_eq!(s.sample(&[-1e30, 1e30], &[]).unwrap().id, 1);
+    }
+}

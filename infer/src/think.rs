@@ -1,0 +1,162 @@
+//! Tells the model's `<think>…</think>` apart from its answer while the text streams in. A tag may arrive split over
+//! several tokens, so the beginning of a tag is held back; no part of a tag ever reaches a piece.
+
+use crate::stop::overlap;
+
+const OPEN: &str = "<think>";
+const CLOSE: &str = "</think>";
+
+/// What switches thinking off when the assistant's turn begins with it: an empty block, already closed.
+pub const NO_THINKING: &str = "<think>\n\n</think>\n\n";
+
+/// A piece of a reply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Text inside `<think>…</think>`, without the tags.
+    Thinking(String),
+    /// Everything else.
+    Answer(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
+    Before,
+    Thinking,
+    After,
+}
+
+/// Splits a streamed reply. Only its first `<think>` opens a block: what comes after the block is the answer, also
+/// where the answer speaks of `<think>` itself. A block that is never closed is thinking to its end.
+#[derive(Debug, Clone)]
+pub struct ThinkSplitter {
+    state: State,
+    held: String,
+}
+
+impl Default for ThinkSplitter {
+    fn default() -> Self {
+        Self { state: State::Before, held: String::new() }
+    }
+}
+
+impl ThinkSplitter {
+    /// For a reply whose prompt ended inside `<think>`.
+    pub fn inside() -> Self {
+        Self { state: State::Thinking, held: String::new() }
+    }
+
+    /// For a reply whose prompt holds a closed block: all is answer.
+    pub fn after() -> Self {
+        Self { state: State::After, held: String::new() }
+    }
+
+    /// Whether the text so far ends inside the block.
+    pub fn is_thinking(&self) -> bool {
+        self.state == State::Thinking
+    }
+
+    /// Takes the next text; returns the pieces that are certain, none of them empty.
+    pub fn push(&mut self, text: &str) -> Vec<Piece> {
+        self.held.push_str(text);
+        let mut pieces = Vec::new();
+        loop {
+            let tag = match self.state {
+                State::Before => OPEN,
+                State::Thinking => CLOSE,
+                State::After => break,
+            };
+            let Some(at) = self.held.find(tag) else { break };
+            let rest = self.held.split_off(at + tag.len());
+            self.held.truncate(at);
+            self.flush(&mut pieces, 0);
+            self.held = rest;
+            self.state = if self.state == State::Before { State::Thinking } else { State::After };
+        }
+        let keep = match self.state {
+            State::Before => overlap(&self.held, OPEN),
+            State::Thinking => overlap(&self.held, CLOSE),
+            State::After => 0,
+        };
+        self.flush(&mut pieces, keep);
+        pieces
+    }
+
+    /// The text still held back, at the end of the reply.
+    pub fn finish(&mut self) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        self.flush(&mut pieces, 0);
+        pieces
+    }
+
+    /// Moves all but the last `keep` bytes of the held text into `pieces`.
+    fn flush(&mut self, pieces: &mut Vec<Piece>, keep: usize) {
+        let rest = self.held.split_off(self.held.len() - keep);
+        let text = std::mem::replace(&mut self.held, rest);
+        if !text.is_empty() {
+            pieces.push(if self.state == State::Thinking { Piece::Thinking(text) } else { Piece::Answer(text) });
+        }
+    }
+}
+
+/// Splits a whole reply into (thinking, answer); the answer without the blank lines that follow the block.
+pub fn split(reply: &str) -> (String, String) {
+    let mut splitter = ThinkSplitter::default();
+    let (mut thinking, mut answer) = (String::new(), String::new());
+    for piece in splitter.push(reply).into_iter().chain(splitter.finish()) {
+        match piece {
+            Piece::Thinking(text) => thinking.push_str(&text),
+            Piece::Answer(text) => answer.push_str(&text),
+        }
+    }
+    (thinking, answer.trim_start_matches('\n').to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(mut splitter: ThinkSplitter, parts: &[&str]) -> (String, String) {
+        let (mut thinking, mut answer) = (String::new(), String::new());
+        let mut take = |pieces: Vec<Piece>| {
+            for piece in pieces {
+                match piece {
+                    Piece::Thinking(t) => thinking.push_str(&t),
+                    Piece::Answer(t) => answer.push_str(&t),
+                }
+            }
+        };
+        parts.iter().for_each(|p| take(splitter.push(p)));
+        take(splitter.finish());
+        (thinking, answer)
+    }
+
+    #[test]
+    fn every_split_in_three_gives_the_same_parts() {
+        let text = "Hm <think>\na < b </thin\n</think>\n\n1 < 2, <think> is a tag</think>";
+        for at in 0..=text.len() {
+            for then in at..=text.len() {
+                let got = joined(ThinkSplitter::default(), &[&text[..at], &text[at..then], &text[then..]]);
+                assert_eq!(got, ("\na < b </thin\n".into(), "Hm \n\n1 < 2, <think> is a tag</think>".into()));
+            }
+        }
+    }
+
+    #[test]
+    fn text_that_cannot_be_a_tag_is_not_held_back() {
+        let mut s = ThinkSplitter::default();
+        assert_eq!(s.push("<thi"), vec![]);
+        assert_eq!(s.push("s>"), vec![Piece::Answer("<this>".into())]);
+        assert_eq!(s.push("<think>a<"), vec![Piece::Thinking("a".into())]);
+        assert!(s.is_thinking());
+        assert_eq!(s.push("b"), vec![Piece::Thinking("<b".into())]);
+    }
+
+    #[test]
+    fn unfinished_and_preset_blocks() {
+        assert_eq!(joined(ThinkSplitter::default(), &["<think>on and on</th"]), ("on and on</th".into(), "".into()));
+        assert_eq!(joined(ThinkSplitter::inside(), &["so</think>yes"]), ("so".into(), "yes".into()));
+        assert_eq!(joined(ThinkSplitter::after(), &["<think>"]), ("".into(), "<think>".into()));
+        assert_eq!(split("<think>\nx\n</think>\n\n42"), ("\nx\n".into(), "42".into()));
+        assert_eq!(split(&format!("{NO_THINKING}7")), ("\n\n".into(), "7".into()));
+    }
+}

@@ -1,0 +1,19 @@
+//! The hot operations of MiniMax-M1 on Burn tensors. This crate knows tensors and no model.
+//!
+//! One folder per operation, all alike: `mod.rs` is the public function with its maths, shapes and dtypes;
+//! `reference.rs` is the same as plain tensor operations, differentiable on Burn's autodiff: the definition that every
+//! faster path must equal. No operation knows another.
+
+pub mod experts;
+pub mod lightning_attention;
+pub mod linear;
+pub mod rms_norm;
+pub mod rotary;
+pub mod softmax_attention;
+
+use burn::tensor::{DType, Tensor};
+
+/// `x` in `dtype`; the tensor itself when it already is.
+pub(crate) fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
+}

@@ -1,0 +1,381 @@
+//! The cache as a value: what the model keeps of each row's past, and what can be done with it.
+//!
+//! A lightning layer keeps one `[heads, d_k, d_v]` state a row, whatever the length; a softmax layer keeps keys and
+//! values in blocks. Tensors are reference-counted and copied on write, so a snapshot or a cloned row shares every
+//! block with its origin. A lightning state can't be trimmed: going back needs a snapshot taken there.
+
+use burn::tensor::{DType, Device, Tensor};
+use m1_kernels::softmax_attention::KeyValues;
+
+use crate::batch::ints;
+use crate::config::{AttentionKind, ModelConfig};
+
+/// Tokens per block of keys and values.
+pub const BLOCK: usize = 256;
+
+/// Why a cache can't go where it was sent.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CacheError {
+    /// The snapshot is of another text, or of a later point of this one.
+    #[error(
+        "cache row {row} can't be truncated to the snapshot: its first {snapshot} tokens are not the snapshot's \
+         (the row holds {tokens})"
+    )]
+    OtherText {
+        /// Row asked for.
+        row: usize,
+        /// Tokens in the row.
+        tokens: usize,
+        /// Tokens in the snapshot.
+        snapshot: usize,
+    },
+}
+
+/// Keys and values of one row in one softmax layer, in blocks of [`BLOCK`] tokens; the last one is filled in place.
+#[derive(Debug, Clone)]
+pub struct KvRow {
+    blocks: Vec<(Tensor<3>, Tensor<3>)>,
+    len: usize,
+    dtype: DType,
+}
+
+impl KvRow {
+    fn new(dtype: DType) -> Self {
+        Self {
+            blocks: Vec::new(),
+            len: 0,
+            dtype,
+        }
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds `keys` and `values`, `[kv_heads, tokens, head_dim]` each.
+    pub fn append(&mut self, keys: Tensor<3>, values: Tensor<3>) {
+        let [heads, tokens, dim] = keys.dims();
+        let mut taken = 0;
+        while taken < tokens {
+            let used = self.len % BLOCK;
+            if used == 0 {
+                let block = || Tensor::zeros([heads, BLOCK, dim], (&keys.device(), self.dtype));
+                self.blocks.push((block(), block()));
+            }
+            let n = (BLOCK - used).min(tokens - taken);
+            let part = |x: &Tensor<3>| {
+                let part = x.clone().narrow(1, taken, n);
+                if part.dtype() == self.dtype {
+                    part
+                } else {
+                    part.cast(self.dtype)
+                }
+            };
+            // Taken out of the list so that its buffer has one owner and is written in place.
+            if let Some((k, v)) = self.blocks.pop() {
+                let at = [0..heads, used..used + n, 0..dim];
+                self.blocks.push((
+                    k.slice_assign(at.clone(), part(&keys)),
+                    v.slice_assign(at, part(&values)),
+                ));
+            }
+            self.len += n;
+            taken += n;
+        }
+    }
+
+    /// All blocks, cut to the tokens held.
+    pub fn blocks(&self) -> Vec<KeyValues> {
+        self.blocks
+            .iter()
+            .enumerate()
+            .map(|(i, (keys, values))| {
+                let used = BLOCK.min(self.len - i * BLOCK);
+                let cut = |x: &Tensor<3>| {
+                    let x = x.clone().unsqueeze_dim::<4>(0);
+                    if used == BLOCK {
+                        x
+                    } else {
+                        x.narrow(2, 0, used)
+                    }
+                };
+                KeyValues {
+                    keys: cut(keys),
+                    values: cut(values),
+                }
+            })
+            .collect()
+    }
+}
+
+/// What one layer keeps, for all rows.
+#[derive(Debug, Clone)]
+pub enum LayerCache {
+    /// `[rows, heads, d_k, d_v]`, f32.
+    Lightning(Tensor<4>),
+    /// Keys and values of each row.
+    Softmax(Vec<KvRow>),
+}
+
+/// What one layer keeps of one row.
+#[derive(Debug, Clone)]
+enum RowState {
+    Lightning(Tensor<4>),
+    Softmax(KvRow),
+}
+
+/// One row of a cache as it was at one moment. Holding it costs the lightning states (SPEC §2: 280 MiB for M1); blocks
+/// of keys and values are shared with the row.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    tokens: Vec<u32>,
+    layers: Vec<RowState>,
+}
+
+impl Snapshot {
+    /// The tokens that had been read.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+}
+
+/// The past of a batch of rows.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    layers: Vec<LayerCache>,
+    tokens: Vec<Vec<u32>>,
+    heads: usize,
+    head_dim: usize,
+    kv_dtype: DType,
+    device: Device,
+}
+
+impl Cache {
+    /// `rows` empty rows; keys and values are kept in f32.
+    pub fn new(config: &ModelConfig, rows: usize, device: &Device) -> Self {
+        Self::with_kv_dtype(config, rows, device, DType::F32)
+    }
+
+    /// As [`Cache::new`], with keys and values kept in `kv_dtype` (the lightning state is f32 always).
+    pub fn with_kv_dtype(
+        config: &ModelConfig,
+        rows: usize,
+        device: &Device,
+        kv_dtype: DType,
+    ) -> Self {
+        let mut cache = Self {
+            layers: Vec::with_capacity(config.num_hidden_layers),
+            tokens: vec![Vec::new(); rows],
+            heads: config.num_attention_heads,
+            head_dim: config.head_dim,
+            kv_dtype,
+            device: device.clone(),
+        };
+        for layer in 0..config.num_hidden_layers {
+            cache.layers.push(match config.kind(layer) {
+                AttentionKind::Lightning => LayerCache::Lightning(cache.zero_state(rows)),
+                AttentionKind::Softmax => LayerCache::Softmax(vec![KvRow::new(kv_dtype); rows]),
+            });
+        }
+        cache
+    }
+
+    fn zero_state(&self, rows: usize) -> Tensor<4> {
+        Tensor::zeros(
+            [rows, self.heads, self.head_dim, self.head_dim],
+            (&self.device, DType::F32),
+        )
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Tokens that row `row` has read.
+    pub fn len(&self, row: usize) -> usize {
+        self.tokens[row].len()
+    }
+
+    /// Whether no row has read anything.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.iter().all(Vec::is_empty)
+    }
+
+    /// The ids that row `row` has read.
+    pub fn tokens(&self, row: usize) -> &[u32] {
+        &self.tokens[row]
+    }
+
+    /// What is kept of `row` now, shared rather than copied.
+    pub fn snapshot(&self, row: usize) -> Snapshot {
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| match layer {
+                LayerCache::Lightning(state) => RowState::Lightning(self.state_row(state, row)),
+                LayerCache::Softmax(rows) => RowState::Softmax(rows[row].clone()),
+            })
+            .collect();
+        Snapshot {
+            tokens: self.tokens[row].clone(),
+            layers,
+        }
+    }
+
+    /// A row's state as a tensor of its own, so that a snapshot does not keep the whole batch alive.
+    fn state_row(&self, state: &Tensor<4>, row: usize) -> Tensor<4> {
+        if self.rows() == 1 {
+            state.clone()
+        } else {
+            state
+                .clone()
+                .select(0, ints(vec![row as i32], &self.device))
+        }
+    }
+
+    /// Puts `snapshot` in the place of whatever `row` holds.
+    ///
+    /// # Panics
+    /// If the snapshot is of a model of another configuration.
+    pub fn restore(&mut self, row: usize, snapshot: &Snapshot) {
+        let rows = self.rows();
+        assert_eq!(
+            snapshot.layers.len(),
+            self.layers.len(),
+            "the snapshot is of another model"
+        );
+        for (layer, kept) in self.layers.iter_mut().zip(&snapshot.layers) {
+            match (layer, kept) {
+                (LayerCache::Lightning(state), RowState::Lightning(kept)) if rows == 1 => {
+                    *state = kept.clone()
+                }
+                (LayerCache::Lightning(state), RowState::Lightning(kept)) => {
+                    let [_, heads, d_k, d_v] = state.dims();
+                    *state = state
+                        .clone()
+                        .slice_assign([row..row + 1, 0..heads, 0..d_k, 0..d_v], kept.clone());
+                }
+                (LayerCache::Softmax(rows), RowState::Softmax(kept)) => rows[row] = kept.clone(),
+                _ => panic!("the snapshot is of another model"),
+            }
+        }
+        self.tokens[row] = snapshot.tokens.clone();
+    }
+
+    /// Takes `row` back to `snapshot`, which must have been taken on the way to where the row is now.
+    ///
+    /// # Errors
+    /// [`CacheError::OtherText`] if the row's text does not begin with the snapshot's; the row is left as it was.
+    pub fn truncate(&mut self, row: usize, snapshot: &Snapshot) -> Result<(), CacheError> {
+        if !self.tokens[row].starts_with(&snapshot.tokens) {
+            return Err(CacheError::OtherText {
+                row,
+                tokens: self.tokens[row].len(),
+                snapshot: snapshot.tokens.len(),
+            });
+        }
+        self.restore(row, snapshot);
+        Ok(())
+    }
+
+    /// Makes the cache hold these of its rows, in this order: reorders, drops and repeats sequences.
+    ///
+    /// # Panics
+    /// If a row does not exist.
+    pub fn select(&mut self, rows: &[usize]) {
+        assert!(
+            rows.iter().all(|&row| row < self.rows()),
+            "no such row among {}",
+            self.rows()
+        );
+        let index = ints(rows.iter().map(|&row| row as i32).collect(), &self.device);
+        let empty = rows.is_empty().then(|| self.zero_state(0));
+        for layer in &mut self.layers {
+            match layer {
+                LayerCache::Lightning(state) => {
+                    *state = match &empty {
+                        Some(empty) => empty.clone(),
+                        None => state.clone().select(0, index.clone()),
+                    };
+                }
+                LayerCache::Softmax(kept) => {
+                    *kept = rows.iter().map(|&row| kept[row].clone()).collect()
+                }
+            }
+        }
+        self.tokens = rows.iter().map(|&row| self.tokens[row].clone()).collect();
+    }
+
+    /// Adds an empty row at the end and returns its number.
+    pub fn push_row(&mut self) -> usize {
+        let zero = self.zero_state(1);
+        let none = self.tokens.is_empty();
+        for layer in &mut self.layers {
+            match layer {
+                LayerCache::Lightning(state) if none => *state = zero.clone(),
+                LayerCache::Lightning(state) => {
+                    *state = Tensor::cat(vec![state.clone(), zero.clone()], 0)
+                }
+                LayerCache::Softmax(rows) => rows.push(KvRow::new(self.kv_dtype)),
+            }
+        }
+        self.tokens.push(Vec::new());
+        self.tokens.len() - 1
+    }
+
+    /// Bytes held on the device: states, and whole blocks of keys and values (shared ones counted for each row).
+    pub fn bytes(&self) -> u64 {
+        self.layers
+            .iter()
+            .map(|layer| match layer {
+                LayerCache::Lightning(state) => 4 * state.shape().num_elements() as u64,
+                LayerCache::Softmax(rows) => rows
+                    .iter()
+                    .flat_map(|row| &row.blocks)
+                    .map(|(k, _)| 2 * (self.kv_dtype.size() * k.shape().num_elements()) as u64)
+                    .sum(),
+            })
+            .sum()
+    }
+
+    /// State of a lightning layer, `[rows, heads, d_k, d_v]`; `None` for a softmax layer.
+    pub fn lightning_state(&self, layer: usize) -> Option<Tensor<4>> {
+        match &self.layers[layer] {
+            LayerCache::Lightning(state) => Some(state.clone()),
+            LayerCache::Softmax(_) => None,
+        }
+    }
+
+    /// Keys (after rotation) and values of one row of a softmax layer, `[kv_heads, tokens, head_dim]` each; `None` for a
+    /// lightning layer or an empty row.
+    pub fn keys_values(&self, layer: usize, row: usize) -> Option<(Tensor<3>, Tensor<3>)> {
+        let LayerCache::Softmax(rows) = &self.layers[layer] else {
+            return None;
+        };
+        if rows[row].is_empty() {
+            return None;
+        }
+        let blocks = rows[row].blocks();
+        let join = |part: fn(&KeyValues) -> Tensor<4>| {
+            Tensor::cat(blocks.iter().map(part).collect(), 2).squeeze_dim::<3>(0)
+        };
+        Some((join(|b| b.keys.clone()), join(|b| b.values.clone())))
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerCache {
+        &mut self.layers[layer]
+    }
+
+    pub(crate) fn advance(&mut self, rows: &[Vec<u32>]) {
+        for (tokens, new) in self.tokens.iter_mut().zip(rows) {
+            tokens.extend_from_slice(new);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Linear attention with a decaying state: 7 of every 8 layers. What it keeps of the past is one matrix per head,
+//! whatever the length of the text.
+
+use burn::module::Module;
+use burn::tensor::{DType, Device, Tensor, activation};
+use m1_kernels::lightning_attention::lightning_attention;
+
+use crate::batch::Layout;
+use crate::config::ModelConfig;
+use crate::layers::{Linear, RmsNorm};
+
+/// The norm over the heads' outputs has its own epsilon, not the configuration's (SPEC §2).
+const NORM_EPS: f64 = 1e-6;
+
+/// `self_attn` of a lightning layer.
+#[derive(Module, Debug)]
+pub struct LightningAttention {
+    /// `[heads · 3 · head_dim, hidden]`, rows grouped per head: q, k, v of head 0, then of head 1, …
+    pub qkv_proj: Linear,
+    /// `[heads · head_dim, hidden]`.
+    pub output_gate: Linear,
+    /// `[hidden, heads · head_dim]`.
+    pub out_proj: Linear,
+    /// One norm over all heads together.
+    pub norm: RmsNorm,
+    #[module(skip)]
+    slopes: Vec<f64>,
+}
+
+impl LightningAttention {
+    /// Fresh weights for layer `layer`.
+    pub fn new(config: &ModelConfig, layer: usize, gain: f64, device: &Device) -> Self {
+        let (hidden, inner) = (
+            config.hidden_size,
+            config.num_attention_heads * config.head_dim,
+        );
+        Self {
+            qkv_proj: Linear::new(hidden, 3 * inner, 1.0, device),
+            output_gate: Linear::new(hidden, inner, 1.0, device),
+            out_proj: Linear::new(inner, hidden, gain, device),
+            norm: RmsNorm::new(inner, NORM_EPS, device),
+            slopes: decay_slopes(config.num_attention_heads, layer, config.num_hidden_layers),
+        }
+    }
+
+    /// `h [tokens, hidden] -> [tokens, hidden]`; `state [rows, heads, head_dim, head_dim]` f32 is read and replaced.
+    ///
+    /// Without a cache no state is computed at all.
+    pub fn forward(
+        &self,
+        h: Tensor<2>,
+        layout: &Layout,
+        state: Option<&mut Tensor<4>>,
+    ) -> Tensor<2> {
+        let heads = self.slopes.len();
+        let qkv = activation::silu(self.qkv_proj.forward(h.clone()));
+        let dtype = qkv.dtype();
+        // [rows, heads, tokens, 3 · head_dim]: each head's q, k and v lie side by side.
+        let qkv = layout.heads(to_f32(qkv), heads);
+        let dim = qkv.dims()[3] / 3;
+        let part = |i: usize| qkv.clone().narrow(3, i * dim, dim);
+
+        let want_state = state.is_some();
+        let before = state.as_deref().cloned();
+        let (o, after) = lightning_attention(
+            part(0),
+            part(1),
+            part(2),
+            &self.slopes,
+            before,
+            layout.uneven(),
+            want_state,
+        );
+        if let (Some(state), Some(after)) = (state, after) {
+            *state = after;
+        }
+        let o = self.norm.forward(layout.join(o));
+        let gate = activation::sigmoid(self.output_gate.forward(h));
+        self.out_proj.forward(
+            gate * if dtype == DType::F32 {
+                o
+            } else {
+                o.cast(dtype)
+            },
+        )
+    }
+}
+
+fn to_f32(x: Tensor<2>) -> Tensor<2> {
+    if x.dtype() == DType::F32 {
+        x
+    } else {
+        x.cast(DType::F32)
+    }
+}
+
+/// Decay slope of each head at `layer` of `layers`: `alibi(h) · (1 - layer / (layers - 1) + 1e-5)`; for a single layer
+/// the factor is `1 + 1e-5`.
+pub fn decay_slopes(heads: usize, layer: usize, layers: usize) -> Vec<f64> {
+    let depth = if layers > 1 {
+        layer as f64 / (layers - 1) as f64
+    } else {
+        0.0
+    };
+    alibi_slopes(heads)
+        .into_iter()
+        .map(|slope| slope * (1.0 - depth + 1e-5))
+        .collect()
+}
+
+/// ALiBi's slopes: `2^(-8(h+1)/H)`; off powers of two those of the power below, then every second of the one above.
+fn alibi_slopes(heads: usize) -> Vec<f64> {
+    let power = |n: usize| (0..n).map(move |h| (-8.0 * (h + 1) as f64 / n as f64).exp2());
+    let lower = 1 << heads.ilog2();
+    power(lower)
+        .chain(power(2 * lower).step_by(2).take(heads - lower))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{alibi_slopes, decay_slopes};
+
+    #[test]
+    fn slopes_follow_alibi() {
+        assert_eq!(alibi_slopes(4), [0.25, 0.0625, 0.015625, 0.00390625]);
+        let six = alibi_slopes(6);
+        assert_eq!(six[..4], alibi_slopes(4));
+        assert_eq!(six[4..], [0.5, 0.125]);
+        assert_eq!(alibi_slopes(1), [2f64.powi(-8)]);
+        // the fastest head of M1: 2^(-1/8) · (1 + 1e-5)
+        assert!((decay_slopes(64, 0, 80)[0] - 0.917_013_2).abs() < 1e-6);
+        assert!((decay_slopes(64, 79, 80)[0] - 0.917_004 * 1e-5).abs() < 1e-10);
+        assert_eq!(decay_slopes(1, 0, 1), [2f64.powi(-8) * (1.0 + 1e-5)]);
+    }
+}

@@ -1,0 +1,167 @@
+//! The whole model: one forward for generation and training; only the cache handed in differs.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, activation::softmax};
+use m1_kernels::rotary::Rotation;
+
+use crate::batch::{Batch, Layout, ints};
+use crate::cache::Cache;
+use crate::config::ModelConfig;
+use crate::decoder_layer::DecoderLayer;
+use crate::layers::{Embedding, Linear, RmsNorm};
+use crate::trace::Trace;
+
+/// The stack of layers, as the checkpoint's `model.` prefix holds it.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// `[vocab, hidden]`.
+    pub embed_tokens: Embedding,
+    /// All layers, first to last.
+    pub layers: Vec<DecoderLayer>,
+    /// The final norm.
+    pub norm: RmsNorm,
+}
+
+/// MiniMax-M1 with its language-model head.
+#[derive(Module, Debug)]
+pub struct M1 {
+    /// Everything below the head.
+    pub model: Decoder,
+    /// `[vocab, hidden]`; its product is always taken in f32.
+    pub lm_head: Linear,
+    #[module(skip)]
+    config: ModelConfig,
+}
+
+impl M1 {
+    /// Fresh random weights, made when first used (a loader replaces them unmade).
+    ///
+    /// The draws come from the device's generator: `device.seed(n)`, then `materialize()`, makes them repeatable.
+    pub fn new(config: &ModelConfig, device: &Device) -> Self {
+        Self {
+            model: Decoder {
+                embed_tokens: Embedding::new(config.vocab_size, config.hidden_size, device),
+                layers: (0..config.num_hidden_layers)
+                    .map(|i| DecoderLayer::new(config, i, device))
+                    .collect(),
+                norm: RmsNorm::new(config.hidden_size, config.rms_norm_eps, device),
+            },
+            // Small: an untrained model should call every token equally likely.
+            lm_head: Linear::new(config.hidden_size, config.vocab_size, 0.2, device),
+            config: config.clone(),
+        }
+    }
+
+    /// The configuration the model was made for.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.lm_head.weight.val().device()
+    }
+
+    /// Runs new tokens through all layers and returns the hidden states asked for by the batch, after the final norm:
+    /// `[outputs, hidden]`, row after row.
+    ///
+    /// With a cache each row continues from its own depth, and the cache then holds the new tokens too. Ids must be
+    /// below `vocab_size`.
+    ///
+    /// # Panics
+    /// If the cache has another number of rows or an id is outside the vocabulary.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        mut cache: Option<&mut Cache>,
+        trace: &mut Trace,
+    ) -> Tensor<2> {
+        let device = self.device();
+        if let Some(cache) = &cache {
+            assert_eq!(
+                cache.rows(),
+                batch.rows().len(),
+                "the batch needs as many rows as the cache"
+            );
+        }
+        if batch.tokens() == 0 {
+            return Tensor::zeros([0, self.config.hidden_size], &device);
+        }
+        let past: Vec<usize> = match &cache {
+            Some(cache) => (0..cache.rows()).map(|row| cache.len(row)).collect(),
+            None => vec![0; batch.rows().len()],
+        };
+        let layout = Layout::new(batch, &past, &device);
+        let rotation = Rotation::new(
+            &layout.positions,
+            self.config.rotary_dim,
+            self.config.rope_theta,
+            &device,
+        );
+        let ids = batch.rows().iter().flatten().map(|&id| {
+            assert!(
+                (id as usize) < self.config.vocab_size,
+                "token id {id} is outside the vocabulary"
+            );
+            id as i32
+        });
+
+        let mut x = self
+            .model
+            .embed_tokens
+            .forward(ints(ids.collect(), &device));
+        for (i, layer) in self.model.layers.iter().enumerate() {
+            trace.saw_hidden(&x);
+            x = layer.forward(
+                x,
+                &layout,
+                &rotation,
+                cache.as_deref_mut().map(|c| c.layer_mut(i)),
+                trace,
+            );
+        }
+        if let Some(cache) = cache {
+            cache.advance(batch.rows());
+        }
+        let wanted = batch.wanted();
+        if wanted.as_ref().is_some_and(Vec::is_empty) {
+            return Tensor::zeros([0, self.config.hidden_size], &device);
+        }
+        if let Some(wanted) = wanted {
+            x = x.select(
+                0,
+                ints(wanted.into_iter().map(|i| i as i32).collect(), &device),
+            );
+        }
+        let x = self.model.norm.forward(x);
+        trace.saw_hidden(&x);
+        x
+    }
+
+    /// Logits `[n, vocab]` of hidden states `[n, hidden]`, in f32 from the head's weights as stored.
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        if hidden.dims()[0] == 0 {
+            return Tensor::zeros([0, self.config.vocab_size], &hidden.device());
+        }
+        self.lm_head.forward_f32(hidden)
+    }
+}
+
+/// The router's auxiliary loss over all layers together, times its coefficient (SPEC §2):
+/// `E · Σ_{k,e} mean(onehot_{k,e}) · mean(prob_e) · router_aux_loss_coef`.
+///
+/// The trace must come from a forward pass with [`Trace::router`]. It is smallest, `k · coefficient`, when every expert gets the same share.
+pub fn router_aux_loss(trace: &Trace, config: &ModelConfig) -> Tensor<1> {
+    let experts = config.num_local_experts;
+    let logits = Tensor::cat(trace.router_logits.clone(), 0);
+    let tokens = logits.dims()[0];
+    let mut load = vec![0f32; experts];
+    for &expert in trace.choices.iter().flatten() {
+        load[expert as usize] += 1.0 / tokens as f32;
+    }
+    let load = Tensor::<1>::from_floats(load.as_slice(), &logits.device());
+    let probability: Tensor<1> = softmax(logits, 1).mean_dim(0).squeeze_dim(0);
+    (probability * load)
+        .sum()
+        .mul_scalar(experts as f64 * config.router_aux_loss_coef)
+}

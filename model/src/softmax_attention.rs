@@ -1,0 +1,121 @@
+//! Causal softmax attention with grouped heads and partial rotation: every 8th layer.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use m1_kernels::rotary::{Rotation, rotary};
+use m1_kernels::softmax_attention::{KeyValues, softmax_attention};
+
+use crate::batch::Layout;
+use crate::cache::{BLOCK, KvRow};
+use crate::config::ModelConfig;
+use crate::layers::Linear;
+
+/// `self_attn` of a softmax layer.
+#[derive(Module, Debug)]
+pub struct SoftmaxAttention {
+    /// `[heads · head_dim, hidden]`.
+    pub q_proj: Linear,
+    /// `[kv_heads · head_dim, hidden]`.
+    pub k_proj: Linear,
+    /// `[kv_heads · head_dim, hidden]`.
+    pub v_proj: Linear,
+    /// `[hidden, heads · head_dim]`.
+    pub o_proj: Linear,
+    heads: usize,
+    kv_heads: usize,
+}
+
+impl SoftmaxAttention {
+    /// Fresh weights.
+    pub fn new(config: &ModelConfig, gain: f64, device: &Device) -> Self {
+        let inner = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        Self {
+            q_proj: Linear::new(config.hidden_size, inner, 1.0, device),
+            k_proj: Linear::new(config.hidden_size, kv, 1.0, device),
+            v_proj: Linear::new(config.hidden_size, kv, gain, device),
+            o_proj: Linear::new(inner, config.hidden_size, gain, device),
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+        }
+    }
+
+    /// `h [tokens, hidden] -> [tokens, hidden]`; new keys (after rotation) and values are added to each row of `cache`.
+    pub fn forward(
+        &self,
+        h: Tensor<2>,
+        layout: &Layout,
+        rotation: &Rotation,
+        cache: Option<&mut [KvRow]>,
+    ) -> Tensor<2> {
+        let dtype = h.dtype();
+        let q = self.rotated(self.q_proj.forward(h.clone()), self.heads, rotation);
+        let k = self.rotated(self.k_proj.forward(h.clone()), self.kv_heads, rotation);
+        let v = self.v_proj.forward(h);
+        let (q, k, v) = (
+            layout.heads(q, self.heads),
+            layout.heads(k, self.kv_heads),
+            layout.heads(v, self.kv_heads),
+        );
+        let o = match cache {
+            None => softmax_attention(q, &in_blocks(k, v), 0),
+            Some(rows) => self.over_cache(q, k, v, layout, rows),
+        };
+        let o = layout.join(o);
+        self.o_proj
+            .forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
+    }
+
+    fn rotated(&self, x: Tensor<2>, heads: usize, rotation: &Rotation) -> Tensor<2> {
+        let [tokens, inner] = x.dims();
+        rotary(x.reshape([tokens, heads, inner / heads]), rotation).reshape([tokens, inner])
+    }
+
+    /// Rows stand at different depths, so each attends to its own blocks.
+    fn over_cache(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        layout: &Layout,
+        rows: &mut [KvRow],
+    ) -> Tensor<4> {
+        let [_, heads, longest, dim] = q.dims();
+        let mut outputs = Vec::with_capacity(rows.len());
+        for (i, (row, &tokens)) in rows.iter_mut().zip(&layout.lengths).enumerate() {
+            let at = |x: &Tensor<4>| x.clone().narrow(0, i, 1).narrow(2, 0, tokens);
+            if tokens == 0 {
+                outputs.push(Tensor::zeros([1, heads, longest, dim], &q.device()));
+                continue;
+            }
+            let past = row.len();
+            row.append(at(&k).squeeze_dim(0), at(&v).squeeze_dim(0));
+            let o = softmax_attention(at(&q), &row.blocks(), past);
+            outputs.push(if tokens == longest {
+                o
+            } else {
+                let padding = Tensor::zeros([1, heads, longest - tokens, dim], &o.device());
+                Tensor::cat(vec![o, padding], 2)
+            });
+        }
+        Tensor::cat(outputs, 0)
+    }
+}
+
+/// Keys and values cut into blocks, so that no score matrix grows past one block.
+fn in_blocks(k: Tensor<4>, v: Tensor<4>) -> Vec<KeyValues> {
+    let tokens = k.dims()[2];
+    if tokens <= BLOCK {
+        return vec![KeyValues { keys: k, values: v }];
+    }
+    (0..tokens)
+        .step_by(BLOCK)
+        .map(|start| {
+            let n = BLOCK.min(tokens - start);
+            KeyValues {
+                keys: k.clone().narrow(2, start, n),
+                values: v.clone().narrow(2, start, n),
+            }
+        })
+        .collect()
+}

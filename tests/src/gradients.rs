@@ -1,0 +1,123 @@
+//! The derivative of the training loss, weight by weight, against central differences in float64
+//! (`reference/make_gradients.py`).
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use m1_model::model::router_aux_loss;
+use m1_model::{Batch, M1, Trace};
+
+use crate::golden::Golden;
+use crate::{largest, values};
+
+/// Error of a derivative, relative to the weight's largest recorded one: f32 keeps about 1e-5.
+const TOLERANCE: f64 = 1e-3;
+
+/// Holds the loss and the gradient of every weight against the golden `gradients`, on `device` with autodiff.
+pub fn check(device: &Device) {
+    let golden = Golden::at(
+        &std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/gradients"),
+        "logits",
+    );
+    let device = device.clone().autodiff();
+    let model = golden.model(&device);
+    let rows: Vec<Vec<u32>> = (0..2)
+        .map(|i| {
+            golden.recorded[&format!("tokens_{i}")]
+                .values
+                .iter()
+                .map(|&t| t as u32)
+                .collect()
+        })
+        .collect();
+
+    let mut trace = Trace::router();
+    let predicting = rows.iter().map(|row| (0..row.len() - 1).collect()).collect();
+    let hidden = model.forward(&Batch::new(rows.clone()).at(predicting), None, &mut trace);
+    let targets: Vec<i32> = rows.iter().flat_map(|row| &row[1..]).map(|&t| t as i32).collect();
+    let count = targets.len();
+    let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [count, 1]), &device);
+    let cross_entropy = log_softmax(model.logits(hidden), 1).gather(1, targets).mean().neg();
+    let auxiliary = router_aux_loss(&trace, &golden.config);
+    for (name, got) in [("cross_entropy", &cross_entropy), ("auxiliary", &auxiliary)] {
+        let (got, want) = (values(got)[0], golden.recorded[name].values[0]);
+        assert!((got - want).abs() <= 1e-5 * want, "{name}: {got} instead of {want}");
+    }
+
+    let gradients = (cross_entropy + auxiliary).backward();
+    let got = by_name(&model, &gradients);
+    let mut worst = (0.0, String::new());
+    let mut checked = 0;
+    for (key, indices) in &golden.recorded {
+        let Some(name) = key.strip_prefix("index:") else {
+            continue;
+        };
+        let gradient = got
+            .get(name)
+            .unwrap_or_else(|| panic!("{name}: no gradient; there are {:?}", got.keys()));
+        let want = &golden.recorded[&format!("value:{name}")].values;
+        let scale = largest(want.iter().copied());
+        let along: f64 = gradient.iter().enumerate().map(|(i, g)| g * (i as f64).cos()).sum();
+        let want_along = golden.recorded[&format!("along:{name}")].values[0];
+        // A sum over all entries: its rounding grows with the norm of the gradient.
+        let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let entries = indices
+            .values
+            .iter()
+            .zip(want)
+            .map(|(&i, w)| (gradient[i as usize] - w) / scale);
+        let error = largest(entries).max((along - want_along).abs() / norm);
+        assert!(scale > 1e-6, "{name}: the golden's derivatives are all zero");
+        assert!(error <= TOLERANCE, "{name}: off by {error:.1e}, relative");
+        if error > worst.0 {
+            worst = (error, name.to_string());
+        }
+        checked += 1;
+    }
+    assert_eq!(checked, got.len(), "every weight is checked");
+    eprintln!(
+        "gradients of {checked} weights, worst relative error {:.1e} ({})",
+        worst.0, worst.1
+    );
+}
+
+/// Gradients under the checkpoint's names.
+fn by_name(model: &M1, gradients: &Gradients) -> BTreeMap<String, Vec<f64>> {
+    let mut visitor = ByName {
+        path: Vec::new(),
+        gradients,
+        found: BTreeMap::new(),
+    };
+    model.visit(&mut visitor);
+    visitor.found
+}
+
+struct ByName<'a> {
+    path: Vec<String>,
+    gradients: &'a Gradients,
+    found: BTreeMap<String, Vec<f64>>,
+}
+
+impl ModuleVisitor for ByName<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_string());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        // The variant of an enum is no part of a name.
+        let parts = self
+            .path
+            .iter()
+            .filter(|p| !matches!(p.as_str(), "Lightning" | "Softmax"));
+        let name = parts.map(String::as_str).collect::<Vec<_>>().join(".");
+        if let Some(gradient) = param.val().grad(self.gradients) {
+            self.found.insert(name, values(&gradient));
+        }
+    }
+}

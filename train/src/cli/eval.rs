@@ -1,0 +1,184 @@
+//! `m1-train eval`: accuracy on problems that training never saw.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use m1_infer::generation_config::GenerationConfig;
+use m1_infer::tokenizer::Tokenizer;
+use m1_model::checkpoint::{self, LoadOptions, WeightDtype};
+use m1_model::device::DeviceChoice;
+
+use crate::data::{Corpus, DataConfig};
+use crate::eval::{EvalSettings, Mode, evaluate, markdown};
+use crate::tasks;
+
+const AFTER_HELP: &str = "\
+Examples:
+  m1-train eval --model examples/m1-nano
+  m1-train eval --model runs/nano --tasks arithmetic,clock --difficulty 3..5 --n 200 --mode greedy --show 2";
+
+/// Measure accuracy per task and difficulty on held-out problems
+///
+/// Prints Markdown tables (per cent solved), greedy decoding and sampling apart.
+#[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Args {
+    /// Directory of the model
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Tasks by name, separated by commas [default: all]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    tasks: Vec<String>,
+    /// One difficulty (3), a range (1..5, both included) or a list (1,3,5)
+    #[arg(long, value_name = "D", default_value = "1..5")]
+    difficulty: String,
+    /// Problems per task and difficulty
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    n: u64,
+    /// How replies are drawn
+    #[arg(long, value_enum, default_value_t = Modes::Both)]
+    mode: Modes,
+    /// Temperature of the sampled mode
+    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    temperature: f32,
+    /// Nucleus of the sampled mode
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Longest reply; one that is cut counts as wrong
+    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
+    max_new_tokens: u64,
+    /// Replies decoded together
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    rows: u64,
+    /// Seed of the draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Also print so many replies of each kind
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    show: usize,
+    /// Also write the scores to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Batches decoded side by side [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    threads: Option<u64>,
+    /// auto, cuda[:n], wgpu[:n] or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceChoice,
+}
+
+/// Which replies to draw.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Modes {
+    Greedy,
+    Sampled,
+    Both,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let difficulties = difficulties(&args.difficulty)
+        .with_context(|| format!("--difficulty {}: expected 1 to 10, as 3, 1..5 or 1,3,5", args.difficulty))?;
+    let chosen = chosen_tasks(&args.tasks)?;
+    let settings = EvalSettings {
+        difficulties,
+        problems: args.n,
+        seed: args.seed,
+        modes: match args.mode {
+            Modes::Greedy => vec![Mode::Greedy],
+            Modes::Sampled => vec![Mode::Sampled],
+            Modes::Both => vec![Mode::Greedy, Mode::Sampled],
+        },
+        temperature: args.temperature,
+        top_p: args.top_p,
+        max_new_tokens: args.max_new_tokens as usize,
+        rows: args.rows as usize,
+    };
+    let open = args.device.open()?;
+    eprintln!("device: {}", open.name);
+    let dtype = open.is_cpu.then_some(WeightDtype::F32);
+    let model = checkpoint::load(&args.model, &open.device, &LoadOptions { dtype, ..LoadOptions::default() })?;
+    let tokenizer = Tokenizer::from_dir(&args.model)?;
+    let generation = GenerationConfig::read(&args.model)?.unwrap_or_default();
+    let end_ids = generation.end_ids(&tokenizer);
+    if end_ids.is_empty() {
+        bail!("{}: no end-of-turn id in generation_config.json or tokenizer_config.json", args.model.display());
+    }
+    let corpus = Corpus::new(DataConfig::new(args.seed), crate::tokenizer::load(&args.model)?);
+
+    let threads = match args.threads {
+        Some(n) => n as usize,
+        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
+    };
+    let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pools = (0..threads).map(pool).collect::<Result<Vec<_>, _>>()?;
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(ProgressStyle::with_template("{bar:30.cyan/dim} {pos}/{len} problems, {eta} left")?);
+    let report = evaluate(
+        &model, &tokenizer, &end_ids, &corpus, &chosen, &settings, &pools, args.show, &bar,
+    )?;
+    bar.finish_and_clear();
+
+    if let Some(path) = &args.json {
+        let scores = serde_json::to_string_pretty(&report.scores)? + "\n";
+        let partial = path.with_extension("partial");
+        std::fs::write(&partial, scores)
+            .and_then(|()| std::fs::rename(&partial, path))
+            .with_context(|| format!("--json {}", path.display()))?;
+    }
+    let mut out = std::io::stdout().lock();
+    for (task, difficulty, mode, samples) in &report.samples {
+        for sample in samples {
+            let verdict = if sample.solved { "solved" } else { "wrong" };
+            writeln!(out, "--- {task}, difficulty {difficulty}, {mode:?}: {verdict}")?;
+            writeln!(out, "{}\n{}", sample.question, sample.reply)?;
+            if !sample.solved {
+                writeln!(out, "(expected: {})", sample.expected)?;
+            }
+        }
+    }
+    write!(out, "{}", markdown(&report.scores, &settings))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task>> {
+    if names.is_empty() {
+        return Ok(tasks::all().to_vec());
+    }
+    let known = || tasks::all().iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+    let by_name = |name: &String| {
+        tasks::by_name(name).with_context(|| format!("--tasks {name}: no such task; there are {}", known()))
+    };
+    names.iter().map(by_name).collect()
+}
+
+/// `3`, `1..5` (both ends included) or `1,3,5`; each from 1 to 10.
+fn difficulties(text: &str) -> Option<Vec<u8>> {
+    let number = |s: &str| s.trim().parse::<u8>().ok().filter(|d| (1..=10).contains(d));
+    match text.split_once("..") {
+        Some((low, high)) => {
+            let (low, high) = (number(low)?, number(high.trim_start_matches('='))?);
+            (low <= high).then(|| (low..=high).collect())
+        }
+        None => text.split(',').map(number).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn difficulties_as_people_write_them() {
+        assert_eq!(difficulties("3"), Some(vec![3]));
+        assert_eq!(difficulties("1..5"), Some(vec![1, 2, 3, 4, 5]));
+        assert_eq!(difficulties("2..=3"), Some(vec![2, 3]));
+        assert_eq!(difficulties("1,4, 10"), Some(vec![1, 4, 10]));
+        for wrong in ["", "0", "11", "5..1", "a", "1..", "1,,2"] {
+            assert_eq!(difficulties(wrong), None, "{wrong}");
+        }
+    }
+}

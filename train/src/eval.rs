@@ -1,0 +1,278 @@
+//! How many problems that training never saw a model solves, by task and difficulty.
+//!
+//! Different here: problems come from the questions that the data set keeps for evaluation alone (see [`crate::data`]),
+//! the verifier is strict, and greedy and sampled replies are counted apart.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use indicatif::ProgressBar;
+use m1_infer::sampler::{SamplerError, SamplingOptions};
+use m1_infer::tokenizer::Tokenizer;
+use m1_model::model::M1;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Corpus;
+use crate::decode::{DecodeOptions, Prompt, Reply, decode};
+use crate::tasks::{Problem, Task};
+use crate::trainer::in_parallel;
+
+/// What to evaluate and how.
+#[derive(Debug, Clone)]
+pub struct EvalSettings {
+    /// Difficulties.
+    pub difficulties: Vec<u8>,
+    /// Problems per task and difficulty.
+    pub problems: u64,
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Greedy, sampled or both.
+    pub modes: Vec<Mode>,
+    /// Temperature of the sampled mode.
+    pub temperature: f32,
+    /// Nucleus of the sampled mode.
+    pub top_p: f32,
+    /// A reply is cut after so many tokens, and then counts as wrong.
+    pub max_new_tokens: usize,
+    /// Replies decoded together.
+    pub rows: usize,
+}
+
+/// How replies are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The most likely token, always.
+    Greedy,
+    /// Drawn at a temperature from the nucleus.
+    Sampled,
+}
+
+/// Results of one task at one difficulty in one mode.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// The task's name.
+    pub task: String,
+    /// 1 to 10.
+    pub difficulty: u8,
+    /// How replies were drawn.
+    pub mode: Mode,
+    /// Problems asked. Fewer than wanted where the task has no more different ones.
+    pub problems: u64,
+    /// Replies that the verifier accepted.
+    pub solved: u64,
+    /// Replies that did not end by themselves.
+    pub unfinished: u64,
+    /// Mean reply length in tokens.
+    pub mean_tokens: f64,
+}
+
+impl Score {
+    /// Share solved, 0 to 1.
+    pub fn accuracy(&self) -> f64 {
+        self.solved as f64 / self.problems.max(1) as f64
+    }
+}
+
+/// A question and what became of it.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    /// The question.
+    pub question: String,
+    /// The model's reply, thinking included.
+    pub reply: String,
+    /// What the task's own solution ends in.
+    pub expected: String,
+    /// Whether the verifier accepted the reply.
+    pub solved: bool,
+}
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// One entry per task, difficulty and mode.
+    pub scores: Vec<Score>,
+    /// The first few replies of each.
+    pub samples: Vec<(String, u8, Mode, Vec<Sample>)>,
+}
+
+/// Asks the model all problems; `threads` batches are worked on side by side and `samples` replies of each kind are kept.
+pub fn evaluate(
+    model: &M1,
+    tokenizer: &Tokenizer,
+    end_ids: &[u32],
+    corpus: &Corpus,
+    tasks: &[&dyn Task],
+    settings: &EvalSettings,
+    pools: &[rayon::ThreadPool],
+    samples: usize,
+    bar: &ProgressBar,
+) -> Result<Report, SamplerError> {
+    let mut report = Report::default();
+    let mut jobs = Vec::new();
+    for &task in tasks {
+        for &difficulty in &settings.difficulties {
+            let problems = problems(corpus, task, difficulty, settings.problems);
+            for &mode in &settings.modes {
+                for (first, chunk) in problems.chunks(settings.rows).enumerate() {
+                    jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
+                }
+            }
+        }
+    }
+    bar.set_length(jobs.iter().map(|job| job.4.len() as u64).sum());
+    let results = in_parallel(pools, jobs.len(), |i| {
+        let (_, _, mode, first, problems) = &jobs[i];
+        let options = DecodeOptions {
+            sampling: sampling(*mode, settings),
+            allowed: Some(tokenizer.known(model.config().vocab_size)),
+            end_ids: end_ids.to_vec(),
+            max_new_tokens: settings.max_new_tokens,
+        };
+        let prompt = |(k, p): (usize, &Problem)| Prompt {
+            ids: corpus.prompt_ids(p),
+            seed: settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64),
+        };
+        let prompts: Vec<Prompt> = problems.iter().enumerate().map(prompt).collect();
+        let replies = decode(model, &prompts, &options);
+        bar.inc(problems.len() as u64);
+        replies
+    });
+    let mut scores: BTreeMap<(usize, u8, Mode), (Score, Vec<Sample>)> = BTreeMap::new();
+    for ((task, difficulty, mode, _, problems), replies) in jobs.iter().zip(results) {
+        let place = tasks.iter().position(|t| t.name() == task.name()).unwrap_or(0);
+        let (score, kept) = scores.entry((place, *difficulty, *mode)).or_insert_with(|| {
+            let score = Score {
+                task: task.name().to_string(),
+                difficulty: *difficulty,
+                mode: *mode,
+                problems: 0,
+                solved: 0,
+                unfinished: 0,
+                mean_tokens: 0.0,
+            };
+            (score, Vec::new())
+        });
+        for (problem, Reply { ids, ended }) in problems.iter().zip(replies?) {
+            let reply = tokenizer.decode(&ids);
+            let solved = ended && task.verify(problem, &reply);
+            score.mean_tokens = (score.mean_tokens * score.problems as f64 + ids.len() as f64)
+                / (score.problems + 1) as f64;
+            score.problems += 1;
+            score.solved += u64::from(solved);
+            score.unfinished += u64::from(!ended);
+            if kept.len() < samples {
+                kept.push(Sample {
+                    question: problem.question.clone(),
+                    reply,
+                    expected: problem.answer.clone(),
+                    solved,
+                });
+            }
+        }
+    }
+    for ((_, difficulty, mode), (score, samples)) in scores {
+        report.samples.push((score.task.clone(), difficulty, mode, samples));
+        report.scores.push(score);
+    }
+    Ok(report)
+}
+
+/// Different evaluation problems; a small space at low difficulty has fewer than wanted.
+fn problems(corpus: &Corpus, task: &dyn Task, difficulty: u8, wanted: u64) -> Vec<Problem> {
+    let mut seen = std::collections::HashSet::new();
+    let all = (0..wanted * 4).map(|i| corpus.eval_problem(task, difficulty, i));
+    all.filter(|p| seen.insert(p.key.clone())).take(wanted as usize).collect()
+}
+
+fn sampling(mode: Mode, settings: &EvalSettings) -> SamplingOptions {
+    let plain = SamplingOptions {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seed: None,
+    };
+    match mode {
+        Mode::Greedy => plain,
+        Mode::Sampled => SamplingOptions {
+            temperature: settings.temperature,
+            top_p: settings.top_p,
+            ..plain
+        },
+    }
+}
+
+/// A Markdown table: one row per task, one column per difficulty, percentages; a table for each mode.
+pub fn markdown(scores: &[Score], settings: &EvalSettings) -> String {
+    let mut text = String::new();
+    for mode in &settings.modes {
+        let of_mode: Vec<&Score> = scores.iter().filter(|s| s.mode == *mode).collect();
+        let how = match mode {
+            Mode::Greedy => "Greedy".to_owned(),
+            Mode::Sampled => format!("Temperature {}, top_p {}", settings.temperature, settings.top_p),
+        };
+        let _ = write!(text, "{how}, % solved:\n\n| task |");
+        for d in &settings.difficulties {
+            let _ = write!(text, " {d} |");
+        }
+        text += " problems | tokens/reply |\n|---|";
+        text += &"---:|".repeat(settings.difficulties.len() + 2);
+        text.push('\n');
+        let mut tasks: Vec<&str> = of_mode.iter().map(|s| s.task.as_str()).collect();
+        tasks.dedup();
+        for task in tasks {
+            let row: Vec<&&Score> = of_mode.iter().filter(|s| s.task == task).collect();
+            let _ = write!(text, "| {task} |");
+            for d in &settings.difficulties {
+                match row.iter().find(|s| s.difficulty == *d) {
+                    Some(s) if s.problems > 0 => {
+                        let _ = write!(text, " {:.0} |", 100.0 * s.accuracy());
+                    }
+                    _ => text += " – |",
+                }
+            }
+            let asked: u64 = row.iter().map(|s| s.problems).sum();
+            let tokens: f64 = row.iter().map(|s| s.mean_tokens * s.problems as f64).sum();
+            let _ = writeln!(text, " {asked} | {:.0} |", tokens / asked.max(1) as f64);
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_a_row_per_task_and_a_dash_where_nothing_was_asked() {
+        let score = |task: &str, difficulty, problems, solved| Score {
+            task: task.into(),
+            difficulty,
+            mode: Mode::Greedy,
+            problems,
+            solved,
+            unfinished: 0,
+            mean_tokens: 40.0,
+        };
+        let scores = [score("sort", 1, 50, 50), score("sort", 2, 40, 30), score("clock", 1, 50, 1)];
+        let settings = EvalSettings {
+            difficulties: vec![1, 2],
+            problems: 50,
+            seed: 0,
+            modes: vec![Mode::Greedy],
+            temperature: 1.0,
+            top_p: 0.95,
+            max_new_tokens: 400,
+            rows: 32,
+        };
+        let text = markdown(&scores, &settings);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "Greedy, % solved:");
+        assert_eq!(lines[2], "| task | 1 | 2 | problems | tokens/reply |");
+        assert_eq!(lines[4], "| sort | 100 | 75 | 90 | 40 |");
+        assert_eq!(lines[5], "| clock | 2 | – | 50 | 40 |");
+    }
+}

@@ -1,0 +1,171 @@
+//! The loss of a run as an SVG: every step pale, a running mean dark, both on a logarithmic scale over tokens seen.
+
+use std::fs;
+use std::path::Path;
+
+use plotters::prelude::*;
+
+use crate::metrics::StepMetrics;
+
+const SIZE: (u32, u32) = (960, 540);
+const RAW: RGBColor = RGBColor(158, 188, 218);
+const SMOOTH: RGBColor = RGBColor(31, 78, 140);
+const INK: RGBColor = RGBColor(60, 60, 60);
+/// More points than this make the file large and the line no finer.
+const POINTS: usize = 1500;
+
+/// Why a plot could not be drawn or written.
+#[derive(Debug, thiserror::Error)]
+pub enum PlotError {
+    /// The drawing library refused.
+    #[error("loss plot: {0}")]
+    Draw(String),
+    /// The file could not be written.
+    #[error("{path}: {source}")]
+    Write {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Writes the plot to `path`; fewer than two steps draw nothing.
+pub fn loss_svg(path: &Path, title: &str, history: &[StepMetrics]) -> Result<(), PlotError> {
+    if history.len() < 2 {
+        return Ok(());
+    }
+    let mut svg = String::new();
+    draw(&mut svg, title, history).map_err(|e| PlotError::Draw(e.to_string()))?;
+    let partial = path.with_extension("svg.partial");
+    fs::write(&partial, svg)
+        .and_then(|()| fs::rename(&partial, path))
+        .map_err(|source| PlotError::Write {
+            path: path.display().to_string(),
+            source,
+        })
+}
+
+fn draw(
+    svg: &mut String,
+    title: &str,
+    history: &[StepMetrics],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let smooth = smoothed(history);
+    let raw: Vec<(f64, f64)> = history.iter().map(point).collect();
+    let stride = history.len().div_ceil(POINTS);
+    let last = smooth[smooth.len() - 1];
+    let finite = |v: &f64| v.is_finite() && *v > 0.0;
+    let low = raw.iter().map(|p| p.1).filter(finite).fold(f64::MAX, f64::min);
+    let high = raw.iter().map(|p| p.1).filter(finite).fold(f64::MIN, f64::max);
+
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .margin(18)
+        .caption(title, ("sans-serif", 20).into_font().color(&INK))
+        .x_label_area_size(46)
+        .y_label_area_size(58)
+        .build_cartesian_2d(
+            raw[0].0..raw[raw.len() - 1].0.max(raw[0].0 + f64::EPSILON),
+            (low * 0.9..high * 1.1).log_scale(),
+        )?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(RGBColor(232, 232, 232))
+        .axis_style(RGBColor(170, 170, 170))
+        .label_style(("sans-serif", 14).into_font().color(&INK))
+        .axis_desc_style(("sans-serif", 15).into_font().color(&INK))
+        .x_desc("tokens seen (millions)")
+        .y_desc("cross-entropy of the reply (nats per token)")
+        .x_label_formatter(&|v| format!("{v:.1}"))
+        .y_label_formatter(&|v| match *v {
+            v if v >= 1.0 => format!("{v:.1}"),
+            v if v >= 0.1 => format!("{v:.2}"),
+            v => format!("{v:.3}"),
+        })
+        .draw()?;
+    chart
+        .draw_series(LineSeries::new(
+            raw.iter().step_by(stride).copied(),
+            RAW.stroke_width(1),
+        ))?
+        .label("each step")
+        .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], RAW.stroke_width(1)));
+    chart
+        .draw_series(LineSeries::new(
+            smooth.iter().step_by(stride).copied().chain([last]),
+            SMOOTH.stroke_width(2),
+        ))?
+        .label(format!("running mean, last {:.4}", last.1))
+        .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], SMOOTH.stroke_width(2)));
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .margin(12)
+        .border_style(RGBColor(210, 210, 210))
+        .background_style(WHITE.mix(0.9))
+        .label_font(("sans-serif", 15).into_font().color(&INK))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+fn point(m: &StepMetrics) -> (f64, f64) {
+    (m.tokens as f64 / 1e6, m.loss)
+}
+
+/// An exponential mean over about 2 % of the run, unbiased at its start.
+fn smoothed(history: &[StepMetrics]) -> Vec<(f64, f64)> {
+    let keep = 1.0 - 1.0 / (history.len() as f64 / 50.0).max(5.0);
+    let (mut sum, mut weight) = (0.0, 0.0);
+    let mut line = Vec::with_capacity(history.len());
+    for m in history {
+        sum = keep * sum + m.loss;
+        weight = keep * weight + 1.0;
+        line.push((point(m).0, sum / weight));
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn history(n: u64, loss: impl Fn(u64) -> f64) -> Vec<StepMetrics> {
+        let step = |step| StepMetrics {
+            step,
+            tokens: step * 4096,
+            loss: loss(step),
+            aux_loss: 0.0,
+            lr: 0.0,
+            grad_norm: 0.0,
+            tokens_per_s: 0.0,
+            elapsed_s: 0.0,
+            expert_load_max: 1.0,
+            expert_load_min: 1.0,
+        };
+        (1..=n).map(step).collect()
+    }
+
+    #[test]
+    fn the_running_mean_of_a_constant_is_the_constant() {
+        for (_, y) in smoothed(&history(400, |_| 0.7)) {
+            assert!((y - 0.7).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn writes_an_svg_with_both_lines_and_no_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("loss.svg");
+        loss_svg(&path, "a run", &history(5000, |s| 7.0 / (s as f64).sqrt())).unwrap();
+        let svg = fs::read_to_string(&path).unwrap();
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+        assert!(svg.contains("running mean, last 0.0"), "legend");
+        assert!(svg.matches("<polyline").count() >= 2, "two lines");
+        assert!(svg.len() < 120_000, "{} bytes", svg.len());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,214 @@
+//! A training run on disk: settings, progress, checkpoints, resumption.
+//!
+//! ```text
+//! DIR/tokenizer.json …            what turns text into ids, made first
+//! DIR/metrics.jsonl, loss.svg     how it went
+//! DIR/checkpoints/step-00000400/  weights (f32), optimizer.safetensors, run.json: all that a resumption needs
+//! DIR/model.safetensors …         the finished model, bf16
+//! ```
+//! Different here: a checkpoint is complete or absent. It is written under a temporary name and renamed; the one before
+//! goes only afterwards, so a kill at any moment leaves a good one.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use m1_model::checkpoint::{self, LoadOptions, SaveOptions, WeightDtype};
+use m1_model::model::M1;
+use serde::{Deserialize, Serialize};
+
+use crate::optimizer::{OptimizerError, OptimizerSettings};
+use crate::schedule::Schedule;
+use crate::trainer::{TrainError, Trainer};
+
+/// What decides a run's result; kept in every checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Seed of the weights and of the examples.
+    pub seed: u64,
+    /// Steps in all, unless `minutes` ends the run.
+    pub steps: Option<u64>,
+    /// Minutes of training in all. The learning rate then follows the clock, and the result is not reproducible to the bit.
+    pub minutes: Option<f64>,
+    /// Tokens that a step reads, about.
+    pub batch_tokens: usize,
+    /// Tokens of the parts that a step is split into.
+    pub micro_tokens: usize,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// AdamW and clipping.
+    pub optimizer: OptimizerSettings,
+}
+
+/// How far a run has come.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// The next example's index.
+    pub example: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Seconds of training.
+    pub elapsed_s: f64,
+}
+
+/// `run.json` of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// How far it has come.
+    pub progress: Progress,
+    /// With what.
+    pub settings: Settings,
+}
+
+/// What can go wrong with a run's directory.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A file or folder could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The path.
+        path: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `run.json` is not what this program writes.
+    #[error("{path}: {source}")]
+    State {
+        /// The path.
+        path: String,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// The weights could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::CheckpointError),
+    /// The optimizer's moments could not be read or written.
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    /// The trainer could not be set up.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+}
+
+const STATE: &str = "run.json";
+const MOMENTS: &str = "optimizer.safetensors";
+
+/// The folder of a run's checkpoints.
+pub fn checkpoints(out: &Path) -> PathBuf {
+    out.join("checkpoints")
+}
+
+/// Writes a checkpoint and removes those before it; gives its folder.
+pub fn save(out: &Path, trainer: &Trainer, state: &RunState) -> Result<PathBuf, RunError> {
+    let folder = checkpoints(out);
+    let name = format!("step-{:08}", state.progress.step);
+    let partial = folder.join(format!(".{name}.partial"));
+    let complete = folder.join(&name);
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(io_error(&partial))?;
+    }
+    fs::create_dir_all(&partial).map_err(io_error(&partial))?;
+    save_model(&partial, trainer.model(), WeightDtype::F32)?;
+    trainer.optimizer().save(&partial.join(MOMENTS))?;
+    let path = partial.join(STATE);
+    let text = serde_json::to_string_pretty(state).map_err(|source| RunError::State {
+        path: path.display().to_string(),
+        source,
+    })?;
+    fs::write(&path, text).map_err(io_error(&path))?;
+    for entry in fs::read_dir(&partial).map_err(io_error(&partial))? {
+        let path = entry.map_err(io_error(&partial))?.path();
+        let file = File::open(&path).map_err(io_error(&path))?;
+        file.sync_all().map_err(io_error(&path))?;
+    }
+    // Only a run that was resumed and changed nothing (or did the same steps again) finds its name taken.
+    if complete.exists() {
+        fs::remove_dir_all(&complete).map_err(io_error(&complete))?;
+    }
+    fs::rename(&partial, &complete).map_err(io_error(&complete))?;
+    for (step, path) in list(out)? {
+        if step < state.progress.step {
+            fs::remove_dir_all(&path).map_err(io_error(&path))?;
+        }
+    }
+    Ok(complete)
+}
+
+/// The run's last complete checkpoint, if it has one.
+pub fn latest(out: &Path) -> Result<Option<(PathBuf, RunState)>, RunError> {
+    let Some((_, folder)) = list(out)?.pop() else {
+        return Ok(None);
+    };
+    let path = folder.join(STATE);
+    let text = fs::read_to_string(&path).map_err(io_error(&path))?;
+    let state = serde_json::from_str(&text).map_err(|source| RunError::State {
+        path: path.display().to_string(),
+        source,
+    })?;
+    Ok(Some((folder, state)))
+}
+
+/// The weights of a checkpoint, f32.
+pub fn load_model(folder: &Path, device: &Device) -> Result<M1, RunError> {
+    let options = LoadOptions {
+        dtype: Some(WeightDtype::F32),
+        ..LoadOptions::default()
+    };
+    Ok(checkpoint::load(folder, device, &options)?)
+}
+
+/// A trainer as a checkpoint left it.
+pub fn load_trainer(
+    folder: &Path,
+    state: &RunState,
+    threads: usize,
+    device: &Device,
+) -> Result<Trainer, RunError> {
+    let settings = &state.settings;
+    let model = load_model(folder, device)?;
+    let (micro, step) = (settings.micro_tokens, state.progress.step);
+    let mut trainer = Trainer::new(model, settings.optimizer, micro, threads, step)?;
+    trainer.optimizer_mut().load(&folder.join(MOMENTS), device)?;
+    Ok(trainer)
+}
+
+/// Writes weights and config.json in Hugging Face form.
+pub fn save_model(folder: &Path, model: &M1, dtype: WeightDtype) -> Result<(), RunError> {
+    let options = SaveOptions {
+        dtype,
+        ..SaveOptions::default()
+    };
+    Ok(checkpoint::save(folder, model, &options)?)
+}
+
+/// Complete checkpoints, the oldest first.
+fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>, RunError> {
+    let folder = checkpoints(out);
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io_error(&folder)(e)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(io_error(&folder))?.path();
+        let name = path.file_name().and_then(|n| n.to_str());
+        if let Some(step) = name.and_then(|n| n.strip_prefix("step-")?.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Names the path in an input/output error.
+pub(crate) fn io_error(path: &Path) -> impl Fn(io::Error) -> RunError + use<> {
+    let path = path.display().to_string();
+    move |source| RunError::Io {
+        path: path.clone(),
+        source,
+    }
+}

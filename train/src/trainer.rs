@@ -1,0 +1,318 @@
+//! One training step: examples in, a better model out.
+//!
+//! Different here: Burn's CPU backend leaves small tensors to one core, so a step is split into micro-batches that
+//! threads work through side by side, each with its own autodiff graph on the same weights. What a micro-batch holds
+//! and the order of the sums depend on the examples alone: any number of threads gives the same bits.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData, activation::log_softmax};
+use m1_model::batch::Batch;
+use m1_model::model::{M1, router_aux_loss};
+use m1_model::trace::Trace;
+
+use crate::data::Example;
+use crate::optimizer::{Optimizer, OptimizerSettings};
+use crate::parameters;
+
+/// What can go wrong in a step.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The loss or the gradient is no number any more.
+    #[error(
+        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; a lower --lr or --clip would help"
+    )]
+    Diverged {
+        /// The step that failed, from 1.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient's norm.
+        grad_norm: f64,
+    },
+    /// No token of the step is to be learned.
+    #[error("step {step}: no token of its {examples} examples counts towards the loss")]
+    NothingToLearn {
+        /// The step, from 1.
+        step: u64,
+        /// Examples in it.
+        examples: usize,
+    },
+    /// The threads could not be started.
+    #[error("cannot start {threads} threads: {reason}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// What one step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepReport {
+    /// Mean cross-entropy of the tokens to be learned, in nats.
+    pub loss: f64,
+    /// Auxiliary router loss, coefficient included.
+    pub aux_loss: f64,
+    /// Norm of the gradient over all parameters, before clipping.
+    pub grad_norm: f64,
+    /// Tokens read.
+    pub tokens: usize,
+    /// Highest share of an expert over its fair share, over all layers.
+    pub expert_load_max: f64,
+    /// Lowest share of an expert over its fair share, over all layers.
+    pub expert_load_min: f64,
+    /// Seconds that the step took.
+    pub seconds: f64,
+}
+
+/// A model in training.
+pub struct Trainer {
+    model: M1,
+    device: Device,
+    optimizer: Optimizer,
+    pools: Vec<rayon::ThreadPool>,
+    micro_tokens: usize,
+    steps: u64,
+}
+
+impl Trainer {
+    /// Takes the model (on a device without autodiff) into training after `steps` steps done before.
+    ///
+    /// `micro_tokens` is the size that a step's batch is split into, `threads` how many parts are worked on at once.
+    pub fn new(
+        model: M1,
+        settings: OptimizerSettings,
+        micro_tokens: usize,
+        threads: usize,
+        steps: u64,
+    ) -> Result<Self, TrainError> {
+        // One pool of one thread per worker: whatever Burn spreads over rayon then stays in that worker's thread.
+        let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
+        let pools = (0..threads.max(1)).map(pool).collect::<Result<Vec<_>, _>>();
+        let pools = pools.map_err(|e| TrainError::Threads {
+            threads,
+            reason: e.to_string(),
+        })?;
+        Ok(Self {
+            device: model.device(),
+            optimizer: Optimizer::new(settings, parameters::infos(&model)),
+            model,
+            pools,
+            micro_tokens,
+            steps,
+        })
+    }
+
+    /// The model as it stands.
+    pub fn model(&self) -> &M1 {
+        &self.model
+    }
+
+    /// The optimizer, to save its moments.
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// The optimizer, to load its moments.
+    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
+    }
+
+    /// Steps done.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// One step of the optimizer at learning rate `lr` on these examples together.
+    pub fn step(&mut self, examples: &[Example], lr: f64) -> Result<StepReport, TrainError> {
+        let start = Instant::now();
+        let step = self.steps + 1;
+        let micros = split(examples, self.micro_tokens);
+        let targets: usize = examples.iter().map(targets).sum();
+        let tokens: usize = examples.iter().map(|e| e.ids.len()).sum();
+        if targets == 0 {
+            return Err(TrainError::NothingToLearn {
+                step,
+                examples: examples.len(),
+            });
+        }
+
+        let parts = in_parallel(&self.pools, micros.len(), |i| {
+            let share = micros[i].iter().map(|e| e.ids.len()).sum::<usize>() as f64 / tokens as f64;
+            micro_batch(&self.model, &micros[i], targets, share)
+        });
+        let (mut loss, mut aux_loss) = (0.0, 0.0);
+        let mut load = Load::new(&self.model);
+        let mut gradients = Vec::with_capacity(parts.len());
+        for part in parts {
+            loss += part.loss;
+            aux_loss += part.aux_loss;
+            load.add(&part.choices);
+            gradients.push(part.gradients);
+        }
+        let gradients = parameters::sum_gradients(gradients);
+        let values = parameters::values(&self.model);
+        let (values, grad_norm) = self.optimizer.step(lr, values, gradients, &self.pools);
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::Diverged {
+                step,
+                loss,
+                grad_norm,
+            });
+        }
+        self.model = parameters::with_values(self.model.clone(), values);
+        self.steps = step;
+        let (expert_load_min, expert_load_max) = load.range();
+        Ok(StepReport {
+            loss,
+            aux_loss,
+            grad_norm,
+            tokens,
+            expert_load_max,
+            expert_load_min,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The device that the weights are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// Runs `job(0..jobs)` on the pools' threads, whoever is free taking the next; the results come in the jobs' order.
+pub(crate) fn in_parallel<T: Send>(
+    pools: &[rayon::ThreadPool],
+    jobs: usize,
+    job: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::with_capacity(jobs));
+    std::thread::scope(|scope| {
+        for pool in pools.iter().take(jobs) {
+            scope.spawn(|| {
+                pool.install(|| {
+                    loop {
+                        let i = next.fetch_add(1, Ordering::Relaxed);
+                        if i >= jobs {
+                            break;
+                        }
+                        let result = job(i);
+                        done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
+                    }
+                });
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(|e| e.into_inner());
+    done.sort_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+/// What a micro-batch gives to its step.
+struct Part {
+    loss: f64,
+    aux_loss: f64,
+    choices: Vec<Vec<u32>>,
+    gradients: Vec<Option<Tensor<1>>>,
+}
+
+/// Forward and backward over some of a step's examples, scaled so that the parts of a step add up:
+/// the loss by the step's `targets`, the auxiliary loss by this part's `share` of the step's tokens.
+fn micro_batch(model: &M1, examples: &[&Example], targets: usize, share: f64) -> Part {
+    let model = parameters::tracked(model);
+    let mut trace = Trace::router();
+    let loss = cross_entropy_sum(&model, examples, &mut trace) / targets as f64;
+    let aux_loss = router_aux_loss(&trace, model.config()) * share;
+    let total = loss.clone() + aux_loss.clone();
+    let mut gradients = total.backward();
+    Part {
+        loss: loss.inner().into_scalar::<f32>().into(),
+        aux_loss: aux_loss.inner().into_scalar::<f32>().into(),
+        choices: trace.choices,
+        gradients: parameters::take_gradients(&model, &mut gradients),
+    }
+}
+
+/// The sum of `-ln p(token | before)` over the examples' tokens to be learned, `[1]`.
+///
+/// The last token of a row predicts nothing here, so it is not read at all; logits are made only where a token to be
+/// learned follows.
+pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
+    let (mut rows, mut offsets, mut next) = (Vec::new(), Vec::new(), Vec::new());
+    for example in examples {
+        let learned: Vec<usize> = (1..example.ids.len()).filter(|&t| example.loss[t]).collect();
+        next.extend(learned.iter().map(|&t| example.ids[t] as i32));
+        offsets.push(learned.iter().map(|t| t - 1).collect());
+        rows.push(example.ids[..example.ids.len().saturating_sub(1)].to_vec());
+    }
+    let hidden = model.forward(&Batch::new(rows).at(offsets), None, trace);
+    let logits = model.logits(hidden);
+    let count = next.len();
+    let next = Tensor::<2, Int>::from_data(TensorData::new(next, [count, 1]), &logits.device());
+    log_softmax(logits, 1).gather(1, next).sum().neg()
+}
+
+/// How many tokens of an example are to be learned (the first token is never predicted).
+fn targets(example: &Example) -> usize {
+    example.loss.iter().skip(1).filter(|&&l| l).count()
+}
+
+/// Splits a step's examples into parts of about `micro_tokens` tokens, each of similar lengths, so that attention's
+/// padding to the longest row costs little.
+fn split(examples: &[Example], micro_tokens: usize) -> Vec<Vec<&Example>> {
+    let mut sorted: Vec<&Example> = examples.iter().filter(|e| targets(e) > 0).collect();
+    sorted.sort_by_key(|e| std::cmp::Reverse(e.ids.len())); // stable: equal lengths keep the examples' order
+    let tokens: usize = sorted.iter().map(|e| e.ids.len()).sum();
+    let parts = tokens.div_ceil(micro_tokens.max(1)).max(1);
+    let mut micros: Vec<Vec<&Example>> = vec![Vec::new()];
+    let mut seen = 0;
+    for example in sorted {
+        // The border lies where an equal share ends, so that no part is a small rest.
+        if seen >= micros.len() * tokens / parts {
+            micros.push(Vec::new());
+        }
+        seen += example.ids.len();
+        if let Some(last) = micros.last_mut() {
+            last.push(example);
+        }
+    }
+    micros.retain(|m| !m.is_empty());
+    micros
+}
+
+/// How often each expert of each layer was chosen.
+struct Load {
+    counts: Vec<Vec<u64>>,
+}
+
+impl Load {
+    fn new(model: &M1) -> Self {
+        let config = model.config();
+        Self {
+            counts: vec![vec![0; config.num_local_experts]; config.num_hidden_layers],
+        }
+    }
+
+    fn add(&mut self, choices: &[Vec<u32>]) {
+        for (counts, chosen) in self.counts.iter_mut().zip(choices) {
+            for &expert in chosen {
+                counts[expert as usize] += 1;
+            }
+        }
+    }
+
+    /// Lowest and highest share over the fair one, over all layers.
+    fn range(&self) -> (f64, f64) {
+        let relative = self.counts.iter().flat_map(|counts| {
+            let fair = counts.iter().sum::<u64>() as f64 / counts.len() as f64;
+            counts.iter().map(move |&c| c as f64 / fair.max(f64::MIN_POSITIVE))
+        });
+        relative.fold((f64::MAX, 0.0), |(low, high), r| (low.min(r), high.max(r)))
+    }
+}
