@@ -27,8 +27,8 @@ pub enum ChatError {
     /// The sampling settings.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
-    /// Whoever reads the reply went away.
-    #[error(transparent)]
+    /// The reply can't be shown; its reader went away, perhaps.
+    #[error("the reply cannot be written")]
     Output(#[from] std::io::Error),
 }
 
@@ -62,11 +62,26 @@ pub struct Stats {
 impl std::fmt::Display for Stats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let rate = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
-        write!(f, "prompt {} tokens ({} cached, {} read", self.cached + self.computed, self.cached, self.computed)?;
+        write!(
+            f,
+            "prompt {} tokens ({} cached, {} read",
+            self.cached + self.computed,
+            self.cached,
+            self.computed
+        )?;
         if self.computed > 0 {
-            write!(f, " at {:.0} tokens/s", rate(self.computed, self.first_token))?;
+            write!(
+                f,
+                " at {:.0} tokens/s",
+                rate(self.computed, self.first_token)
+            )?;
         }
-        write!(f, "), first token after {:.3} s, reply {} tokens", self.first_token.as_secs_f64(), self.made)?;
+        write!(
+            f,
+            "), first token after {:.3} s, reply {} tokens",
+            self.first_token.as_secs_f64(),
+            self.made
+        )?;
         // The first token comes with the prefill: n tokens are n - 1 steps.
         if self.made > 1 {
             write!(f, " at {:.1} tokens/s", rate(self.made - 1, self.decode))?;
@@ -125,8 +140,14 @@ impl<'a> Chat<'a> {
     /// tokenized anew.
     pub fn set_messages(&mut self, mut messages: Vec<Message>) {
         for message in &mut messages {
-            let (tokenizer, vocab) = (&self.assets.tokenizer, self.assets.engine.config().vocab_size);
-            let ours = |ids: &Vec<u32>| ids.iter().all(|&id| (id as usize) < vocab) && tokenizer.decode(ids) == message.content;
+            let (tokenizer, vocab) = (
+                &self.assets.tokenizer,
+                self.assets.engine.config().vocab_size,
+            );
+            let ours = |ids: &Vec<u32>| {
+                ids.iter().all(|&id| (id as usize) < vocab)
+                    && tokenizer.decode(ids) == message.content
+            };
             message.ids = message.ids.take().filter(ours);
         }
         self.messages = messages;
@@ -166,8 +187,14 @@ impl<'a> Chat<'a> {
         show: &mut dyn FnMut(&str) -> std::io::Result<()>,
     ) -> Result<Turn, ChatError> {
         let start = Instant::now();
-        self.messages.push(Message { role: "user".into(), content: text.into(), ids: None });
-        let read = self.prompt().and_then(|ids| Ok(self.session.read(&ids, &mut |_, _| go_on())?));
+        self.messages.push(Message {
+            role: "user".into(),
+            content: text.into(),
+            ids: None,
+        });
+        let read = self
+            .prompt()
+            .and_then(|ids| Ok(self.session.read(&ids, &mut |_, _| go_on())?));
         let prefill = match read {
             Ok(prefill) => prefill,
             Err(error) => {
@@ -185,23 +212,42 @@ impl<'a> Chat<'a> {
         let mut stream = TextStream::new(&self.assets.tokenizer);
         let mut failed = None;
         let mut first_token = None;
-        let finish = self.session.generate(&mut self.sampler, &self.assets.end_ids, self.max_new, &mut |drawn| {
-            first_token.get_or_insert_with(|| start.elapsed());
-            ids.push(drawn.id);
-            let piece = stream.push(drawn.id);
-            reply.push_str(&piece);
-            failed = if piece.is_empty() { None } else { show(&piece).err() };
-            failed.is_none() && go_on()
-        });
+        let finish = self.session.generate(
+            &mut self.sampler,
+            &self.assets.end_ids,
+            self.max_new,
+            &mut |drawn| {
+                first_token.get_or_insert_with(|| start.elapsed());
+                ids.push(drawn.id);
+                let piece = stream.push(drawn.id);
+                reply.push_str(&piece);
+                failed = if piece.is_empty() {
+                    None
+                } else {
+                    show(&piece).err()
+                };
+                failed.is_none() && go_on()
+            },
+        );
         let rest = stream.finish();
         reply.push_str(&rest);
         let made = ids.len() - given_ids;
         let first_token = first_token.unwrap_or_else(|| start.elapsed());
         let decode = start.elapsed().saturating_sub(first_token);
-        let stats = Stats { cached: prefill.cached, computed: prefill.computed, made, first_token, decode };
+        let stats = Stats {
+            cached: prefill.cached,
+            computed: prefill.computed,
+            made,
+            first_token,
+            decode,
+        };
         // Said is said: whatever ended the reply, it stays in the conversation.
         let said = reply[given..].to_string();
-        self.messages.push(Message { role: "assistant".into(), content: reply, ids: Some(ids) });
+        self.messages.push(Message {
+            role: "assistant".into(),
+            content: reply,
+            ids: Some(ids),
+        });
         let finish = match finish {
             Ok(finish) => finish,
             Err(error) => {
@@ -215,21 +261,36 @@ impl<'a> Chat<'a> {
         if !rest.is_empty() {
             show(&rest)?;
         }
-        Ok(Turn { text: said, finish, stats })
+        Ok(Turn {
+            text: said,
+            finish,
+            stats,
+        })
     }
 
     /// The ids of the conversation up to where the model's turn begins.
     fn prompt(&self) -> Result<Vec<u32>, ChatError> {
-        let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
+        let system = self
+            .system
+            .iter()
+            .map(|text| json!({"role": "system", "content": text}));
         let plain = |m: &Message| json!({"role": m.role, "content": m.content});
-        let messages: Vec<Value> = system.clone().chain(self.messages.iter().map(plain)).collect();
+        let messages: Vec<Value> = system
+            .clone()
+            .chain(self.messages.iter().map(plain))
+            .collect();
         let rendered = self.template.render(&messages, &[], true, false)?;
 
         // Render again with a marker in place of each reply, to find where the replies' own ids belong. A template that
         // does something to the replies (leaves old thinking out, say) shows in the comparison: then its text counts.
         let marker = |i: usize| format!("\u{e000}reply {i}\u{e001}");
-        let replies: Vec<(String, &Message)> =
-            self.messages.iter().filter(|m| m.ids.is_some()).enumerate().map(|(i, m)| (marker(i), m)).collect();
+        let replies: Vec<(String, &Message)> = self
+            .messages
+            .iter()
+            .filter(|m| m.ids.is_some())
+            .enumerate()
+            .map(|(i, m)| (marker(i), m))
+            .collect();
         let mut next = 0;
         let marked = self.messages.iter().map(|m| match &m.ids {
             Some(_) => {

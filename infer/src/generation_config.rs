@@ -46,8 +46,8 @@ pub enum GenerationConfigError {
         path: PathBuf,
         /// The key.
         key: &'static str,
-        /// Its value.
-        value: Value,
+        /// Its value, as JSON.
+        value: String,
         /// What would be right.
         expected: &'static str,
     },
@@ -73,35 +73,52 @@ impl GenerationConfig {
     /// Reads the file of the checkpoint in `dir`; `None` where there is none.
     pub fn read(dir: &Path) -> Result<Option<Self>, GenerationConfigError> {
         let path = dir.join(FILE);
-        let Some(Value::Object(mut map)) = read_json(&path)? else { return Ok(None) };
-        let mut take = |key: &'static str, expected: &'static str, ok: fn(&Value) -> bool| match map.shift_remove(key) {
+        let Some(Value::Object(mut map)) = read_json(&path)? else {
+            return Ok(None);
+        };
+        type Test = fn(&Value) -> bool;
+        let mut take = |key, expected, ok: Test| match map.shift_remove(key) {
             None | Some(Value::Null) => Ok(None),
             Some(value) if ok(&value) => Ok(Some(value)),
-            Some(value) => Err(GenerationConfigError::Key { path: path.clone(), key, value, expected }),
+            Some(value) => {
+                let (path, value) = (path.clone(), value.to_string());
+                Err(GenerationConfigError::Key {
+                    path,
+                    key,
+                    value,
+                    expected,
+                })
+            }
         };
-        let float = |v: Value| v.as_f64().unwrap_or_default() as f32;
-        let count = |v: Value| v.as_u64().unwrap_or_default() as usize;
-        let is_id = |v: &Value| v.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
+        let mut float = |key| -> Result<Option<f32>, GenerationConfigError> {
+            let value = take(key, "a number", Value::is_number)?;
+            Ok(value.and_then(|v| v.as_f64()).map(|v| v as f32))
+        };
+        let (temperature, top_p) = (float("temperature")?, float("top_p")?);
+        let (min_p, repetition_penalty) = (float("min_p")?, float("repetition_penalty")?);
+        let mut count = |key| -> Result<Option<usize>, GenerationConfigError> {
+            let value = take(key, "a whole number", Value::is_u64)?;
+            Ok(value.and_then(|v| v.as_u64()).map(|v| v as usize))
+        };
+        let (top_k, max_new_tokens) = (count("top_k")?, count("max_new_tokens")?);
+        let do_sample = take("do_sample", "true or false", Value::is_boolean)?;
+        let expected = "a token id or a list of them";
+        let eos_token_id = take("eos_token_id", expected, |v| ids(v).is_some())?;
         let config = Self {
-            do_sample: take("do_sample", "true or false", Value::is_boolean)?.and_then(|v| v.as_bool()),
-            temperature: take("temperature", "a number", Value::is_number)?.map(float),
-            top_k: take("top_k", "a whole number", Value::is_u64)?.map(count),
-            top_p: take("top_p", "a number", Value::is_number)?.map(float),
-            min_p: take("min_p", "a number", Value::is_number)?.map(float),
-            repetition_penalty: take("repetition_penalty", "a number", Value::is_number)?.map(float),
-            max_new_tokens: take("max_new_tokens", "a whole number", Value::is_u64)?.map(count),
-            eos_token_id: match take("eos_token_id", "a token id or a list of them", |v| v.is_u64() || v.is_array())? {
-                None => Vec::new(),
-                Some(Value::Array(ids)) if ids.iter().all(is_id) => ids.into_iter().map(|v| count(v) as u32).collect(),
-                Some(id) if is_id(&id) => vec![count(id) as u32],
-                Some(value) => {
-                    let expected = "a token id or a list of them";
-                    return Err(GenerationConfigError::Key { path, key: "eos_token_id", value, expected });
-                }
-            },
+            do_sample: do_sample.and_then(|v| v.as_bool()),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            max_new_tokens,
+            eos_token_id: eos_token_id.as_ref().and_then(ids).unwrap_or_default(),
             extra: map,
         };
-        config.sampling().validate().map_err(|source| GenerationConfigError::Range { path, source })?;
+        config
+            .sampling()
+            .validate()
+            .map_err(|source| GenerationConfigError::Range { path, source })?;
         Ok(Some(config))
     }
 
@@ -109,7 +126,8 @@ impl GenerationConfig {
     pub fn write(&self, dir: &Path) -> Result<(), GenerationConfigError> {
         let path = dir.join(FILE);
         let text = format!("{:#}\n", self.to_json());
-        crate::files::write(&path, text.as_bytes()).map_err(|source| GenerationConfigError::Write { path, source })
+        crate::files::write(&path, text.as_bytes())
+            .map_err(|source| GenerationConfigError::Write { path, source })
     }
 
     fn to_json(&self) -> Value {
@@ -130,8 +148,10 @@ impl GenerationConfig {
             ("max_new_tokens", self.max_new_tokens.map(Value::from)),
             ("eos_token_id", eos),
         ];
-        let mut map: Map<String, Value> =
-            known.into_iter().filter_map(|(key, value)| Some((key.to_string(), value?))).collect();
+        let mut map: Map<String, Value> = known
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.to_string(), value?)))
+            .collect();
         map.extend(self.extra.clone());
         Value::Object(map)
     }
@@ -140,11 +160,17 @@ impl GenerationConfig {
     pub fn sampling(&self) -> SamplingOptions {
         let default = SamplingOptions::default();
         SamplingOptions {
-            temperature: if self.do_sample == Some(false) { 0.0 } else { self.temperature.unwrap_or(default.temperature) },
+            temperature: if self.do_sample == Some(false) {
+                0.0
+            } else {
+                self.temperature.unwrap_or(default.temperature)
+            },
             top_k: self.top_k.unwrap_or(default.top_k),
             top_p: self.top_p.unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(default.repetition_penalty),
             seed: None,
         }
     }
@@ -152,10 +178,23 @@ impl GenerationConfig {
     /// The ids that end a turn: `eos_token_id`, else the id of the tokenizer's `eos_token`, else none.
     pub fn end_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
         if self.eos_token_id.is_empty() {
-            tokenizer.named_token("eos_token").and_then(|token| tokenizer.id(token)).into_iter().collect()
+            tokenizer
+                .named_token("eos_token")
+                .and_then(|token| tokenizer.id(token))
+                .into_iter()
+                .collect()
         } else {
             self.eos_token_id.clone()
         }
+    }
+}
+
+/// One id, or a list of them.
+fn ids(value: &Value) -> Option<Vec<u32>> {
+    let id = |v: &Value| u32::try_from(v.as_u64()?).ok();
+    match value {
+        Value::Array(list) => list.iter().map(id).collect(),
+        one => Some(vec![id(one)?]),
     }
 }
 
@@ -179,7 +218,10 @@ mod tests {
             top_p: Some(0.95),
             max_new_tokens: Some(80),
             eos_token_id: vec![3, 7],
-            extra: json!({"transformers_version": "4.45.2"}).as_object().unwrap().clone(),
+            extra: json!({"transformers_version": "4.45.2"})
+                .as_object()
+                .unwrap()
+                .clone(),
             ..GenerationConfig::default()
         };
         config.write(dir.path()).unwrap();
@@ -191,26 +233,55 @@ mod tests {
 
     #[test]
     fn end_ids_are_one_or_several_and_fall_back_to_the_tokenizer() {
-        assert_eq!(read(r#"{"eos_token_id": 5}"#).unwrap().unwrap().eos_token_id, [5]);
-        assert_eq!(read(r#"{"eos_token_id": [5, 6]}"#).unwrap().unwrap().eos_token_id, [5, 6]);
+        assert_eq!(
+            read(r#"{"eos_token_id": 5}"#)
+                .unwrap()
+                .unwrap()
+                .eos_token_id,
+            [5]
+        );
+        assert_eq!(
+            read(r#"{"eos_token_id": [5, 6]}"#)
+                .unwrap()
+                .unwrap()
+                .eos_token_id,
+            [5, 6]
+        );
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "<end_of_sentence>"}"#).unwrap();
-        let tokenizer = crate::tokenizer::tests::byte_level(dir.path(), &["<end_of_sentence>", "x"]);
+        std::fs::write(
+            dir.path().join("tokenizer_config.json"),
+            r#"{"eos_token": "<end_of_sentence>"}"#,
+        )
+        .unwrap();
+        let tokenizer =
+            crate::tokenizer::tests::byte_level(dir.path(), &["<end_of_sentence>", "x"]);
         assert_eq!(GenerationConfig::default().end_ids(&tokenizer), [256]);
     }
 
     #[test]
     fn silence_means_m1s_own_settings_and_do_sample_false_means_greedy() {
-        assert_eq!(GenerationConfig::default().sampling(), SamplingOptions::default());
-        let greedy = read(r#"{"do_sample": false, "temperature": 0.7, "top_k": 20}"#).unwrap().unwrap().sampling();
+        assert_eq!(
+            GenerationConfig::default().sampling(),
+            SamplingOptions::default()
+        );
+        let greedy = read(r#"{"do_sample": false, "temperature": 0.7, "top_k": 20}"#)
+            .unwrap()
+            .unwrap()
+            .sampling();
         assert_eq!((greedy.temperature, greedy.top_k), (0.0, 20));
     }
 
     #[test]
     fn wrong_values_name_file_and_key() {
         for (text, wanted) in [
-            (r#"{"temperature": "hot"}"#, "temperature is \"hot\", and must be a number"),
-            (r#"{"eos_token_id": [1, -2]}"#, "eos_token_id is [1,-2], and must be a token id"),
+            (
+                r#"{"temperature": "hot"}"#,
+                "temperature is \"hot\", and must be a number",
+            ),
+            (
+                r#"{"eos_token_id": [1, -2]}"#,
+                "eos_token_id is [1,-2], and must be a token id",
+            ),
             (r#"{"top_p": 2}"#, "top_p is 2, and must be above 0"),
             ("[]", "a JSON object was expected"),
             ("{", "not JSON"),

@@ -138,7 +138,7 @@ impl ModelConfig {
         serde_json::to_string_pretty(self).expect("numbers, strings and lists always serialize") + "\n"
     }
 
-    /// The sizes `nano` (1.5 M parameters), `small` (232 M) and `base` (1.7 B); none for any other name.
+    /// The sizes `nano` (3.9 M parameters), `small` (229 M) and `base` (950 M); none for any other name.
     pub fn preset(name: &str) -> Option<Self> {
         let (hidden, layers, heads, head_dim, kv_heads, experts, ffn, vocab) = match name {
             "nano" => (128, 8, 4, 32, 2, 4, 256, 512),

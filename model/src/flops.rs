@@ -101,8 +101,9 @@ mod tests {
 
     #[test]
     fn figures_agree_with_the_list_of_tensors() {
-        for name in ["nano", "small", "base"] {
+        for (name, weights) in [("nano", 3_906_560), ("small", 229_465_600), ("base", 949_664_768)] {
             let config = ModelConfig::preset(name).unwrap();
+            assert_eq!(parameters(&config), weights, "{name}");
             let listed: u128 = tensors(&config).iter().map(|t| t.shape.iter().product::<usize>() as u128).sum();
             assert_eq!(parameters(&config), listed, "{name}");
             assert_eq!(weight_bytes(&config, WeightDtype::F32), 4 * listed, "{name}");

@@ -35,6 +35,8 @@ pub struct Golden {
     pub tokens: Vec<u32>,
     /// Everything recorded, by name.
     pub recorded: HashMap<String, Recorded>,
+    /// Number of tokens after which the state, keys and values were recorded: all of them, unless set otherwise.
+    pub cache_after: usize,
     /// Largest absolute error a logit may have.
     pub bound: f64,
     logits: Recorded,
@@ -53,7 +55,7 @@ impl Golden {
     pub fn at(dir: &Path, logits: &str) -> Self {
         let recorded = read(&dir.join("golden.safetensors"));
         let config = ModelConfig::from_file(dir.join("config.json")).expect("a golden's config.json is valid");
-        let tokens = recorded["tokens"].values.iter().map(|&t| t as u32).collect();
+        let tokens: Vec<u32> = recorded["tokens"].values.iter().map(|&t| t as u32).collect();
         let logits = recorded[logits].clone();
         let scalar = |name: &str| recorded.get(name).map(|r| r.values[0]);
         // 2e-3 at a deviation of 10, or four times what float32 costs the reference itself.
@@ -63,12 +65,14 @@ impl Golden {
             .file_name()
             .map(|n| n.to_string_lossy().into_owned())
             .unwrap_or_default();
+        let cache_after = tokens.len();
         Self {
             name,
             dir: dir.to_path_buf(),
             config,
             tokens,
             recorded,
+            cache_after,
             bound,
             logits,
         }
@@ -113,7 +117,7 @@ impl Golden {
         )
     }
 
-    /// Holds the state, keys and values of `row` against those recorded after the whole text.
+    /// Holds the state, keys and values of `row` against those recorded.
     pub fn check_cache(&self, cache: &Cache, row: usize, what: &str) {
         self.check_cache_names(cache, row, what, ["state", "k", "v"]);
     }

@@ -31,7 +31,7 @@ pub fn whole(model: &M1, golden: &Golden, n: usize) {
         "whole, with a cache",
     );
     assert_eq!(cache.tokens(0), text);
-    if n == golden.tokens.len() {
+    if n == golden.cache_after {
         golden.check_cache(&cache, 0, "whole");
     }
 }
@@ -52,7 +52,7 @@ pub fn chunks(model: &M1, golden: &Golden, n: usize, sizes: &[usize]) {
         golden.check_logits(done, &got, &what);
         done += size;
     }
-    if n == golden.tokens.len() {
+    if n == golden.cache_after {
         golden.check_cache(&cache, 0, &what);
     }
 }
@@ -167,7 +167,7 @@ pub fn uneven_rows(model: &M1, golden: &Golden, n: usize) {
         Some(&mut cache),
         "uneven rows, with a cache",
     );
-    if n == golden.tokens.len() {
+    if n == golden.cache_after {
         golden.check_cache(&cache, 4, "uneven rows");
     }
 }
@@ -192,7 +192,7 @@ pub fn different_depths(model: &M1, golden: &Golden, n: usize) {
     for (i, row) in rows.iter().enumerate() {
         assert_eq!(cache.tokens(i), row.text);
     }
-    if n == golden.tokens.len() {
+    if n == golden.cache_after {
         golden.check_cache(&cache, 4, "different depths");
     }
 }
@@ -329,7 +329,7 @@ pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
         &both.narrow(0, 3, n - early),
         "restored into a row of another cache",
     );
-    if n == text.len() {
+    if n == golden.cache_after {
         golden.check_cache(&rows, 1, "restored into a row of another cache");
     }
 }

@@ -3,7 +3,7 @@
 //! Different here: problems come from the questions that the data set keeps for evaluation alone (see [`crate::data`]),
 //! the verifier is strict, and greedy and sampled replies are counted apart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 
 use indicatif::ProgressBar;
@@ -12,7 +12,7 @@ use m1_infer::tokenizer::Tokenizer;
 use m1_model::model::M1;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Corpus;
+use crate::data::{Data, DataError};
 use crate::decode::{DecodeOptions, Prompt, Reply, decode};
 use crate::tasks::{Problem, Task};
 use crate::trainer::in_parallel;
@@ -36,6 +36,17 @@ pub struct EvalSettings {
     pub max_new_tokens: usize,
     /// Replies decoded together.
     pub rows: usize,
+}
+
+/// What can stop an evaluation.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// A problem could not be made.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Nothing could be drawn from the model's output.
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
 }
 
 /// How replies are drawn.
@@ -101,18 +112,18 @@ pub fn evaluate(
     model: &M1,
     tokenizer: &Tokenizer,
     end_ids: &[u32],
-    corpus: &Corpus,
+    data: &Data,
     tasks: &[&dyn Task],
     settings: &EvalSettings,
     pools: &[rayon::ThreadPool],
     samples: usize,
     bar: &ProgressBar,
-) -> Result<Report, SamplerError> {
+) -> Result<Report, EvalError> {
     let mut report = Report::default();
     let mut jobs = Vec::new();
     for &task in tasks {
         for &difficulty in &settings.difficulties {
-            let problems = problems(corpus, task, difficulty, settings.problems);
+            let problems = problems(data, task, difficulty, settings.problems)?;
             for &mode in &settings.modes {
                 for (first, chunk) in problems.chunks(settings.rows).enumerate() {
                     jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
@@ -129,14 +140,14 @@ pub fn evaluate(
             end_ids: end_ids.to_vec(),
             max_new_tokens: settings.max_new_tokens,
         };
-        let prompt = |(k, p): (usize, &Problem)| Prompt {
-            ids: corpus.prompt_ids(p),
-            seed: settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64),
+        let prompt = |(k, p): (usize, &Problem)| {
+            let seed = settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64);
+            data.prompt(p).map(|ids| Prompt { ids, seed })
         };
-        let prompts: Vec<Prompt> = problems.iter().enumerate().map(prompt).collect();
-        let replies = decode(model, &prompts, &options);
+        let prompts = problems.iter().enumerate().map(prompt).collect::<Result<Vec<_>, _>>()?;
+        let replies = decode(model, &prompts, &options)?;
         bar.inc(problems.len() as u64);
-        replies
+        Ok::<_, EvalError>(replies)
     });
     let mut scores: BTreeMap<(usize, u8, Mode), (Score, Vec<Sample>)> = BTreeMap::new();
     for ((task, difficulty, mode, _, problems), replies) in jobs.iter().zip(results) {
@@ -179,10 +190,21 @@ pub fn evaluate(
 }
 
 /// Different evaluation problems; a small space at low difficulty has fewer than wanted.
-fn problems(corpus: &Corpus, task: &dyn Task, difficulty: u8, wanted: u64) -> Vec<Problem> {
-    let mut seen = std::collections::HashSet::new();
-    let all = (0..wanted * 4).map(|i| corpus.eval_problem(task, difficulty, i));
-    all.filter(|p| seen.insert(p.key.clone())).take(wanted as usize).collect()
+fn problems(data: &Data, task: &dyn Task, difficulty: u8, wanted: u64) -> Result<Vec<Problem>, DataError> {
+    let mut keys = HashSet::new();
+    let mut problems = Vec::new();
+    for index in 0..wanted.saturating_mul(4) {
+        let Some(problem) = data.eval_problem(task, difficulty, index)? else {
+            break;
+        };
+        if keys.insert(problem.key.clone()) {
+            problems.push(problem);
+        }
+        if problems.len() as u64 == wanted {
+            break;
+        }
+    }
+    Ok(problems)
 }
 
 fn sampling(mode: Mode, settings: &EvalSettings) -> SamplingOptions {

@@ -1,6 +1,7 @@
 //! Training of MiniMax-M1 models: tasks with verifiers, conversations made from them, the trainer, evaluation.
 
 pub mod cli;
+pub mod conversation;
 pub mod data;
 pub mod decode;
 pub mod eval;

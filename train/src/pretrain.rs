@@ -7,7 +7,7 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use m1_model::checkpoint::WeightDtype;
 
-use crate::data::Example;
+use crate::data::{Data, DataError, Example};
 use crate::metrics::{MetricsLog, StepMetrics};
 use crate::plot::{self, PlotError};
 use crate::run::{self, RunError, RunState, io_error};
@@ -28,6 +28,9 @@ pub enum PretrainError {
     /// A step failed.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// An example could not be made.
+    #[error(transparent)]
+    Data(#[from] DataError),
     /// The folder of the run could not be written.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -46,13 +49,11 @@ pub struct Pace {
 }
 
 /// Trains until the settings' steps or minutes are reached, `stop` is set or something fails.
-///
-/// `example(i)` must be the same for the same `i`: a resumed run goes on at the next index.
 pub fn pretrain(
     out: &Path,
     trainer: &mut Trainer,
     state: &mut RunState,
-    example: impl Fn(u64) -> Example,
+    data: &Data,
     pace: Pace,
     stop: &AtomicBool,
 ) -> Result<Ended, PretrainError> {
@@ -70,7 +71,7 @@ pub fn pretrain(
         }
         let step_start = Instant::now();
         let lr = state.settings.schedule.rate(state.progress.step, done(state));
-        let examples = next_examples(state, &example);
+        let examples = next_examples(state, data)?;
         let report = trainer.step(&examples, lr)?;
         let progress = &mut state.progress;
         progress.step = trainer.steps();
@@ -109,15 +110,15 @@ pub fn done(state: &RunState) -> f64 {
 }
 
 /// Examples until the step's tokens are reached: always at least one.
-fn next_examples(state: &RunState, example: impl Fn(u64) -> Example) -> Vec<Example> {
+fn next_examples(state: &RunState, data: &Data) -> Result<Vec<Example>, DataError> {
     let mut examples = Vec::new();
     let mut tokens = 0;
     while tokens < state.settings.batch_tokens.max(1) {
-        let next = example(state.progress.example + examples.len() as u64);
+        let next = data.example(state.progress.example + examples.len() as u64)?;
         tokens += next.ids.len();
         examples.push(next);
     }
-    examples
+    Ok(examples)
 }
 
 fn checkpoint(

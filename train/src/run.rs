@@ -18,6 +18,7 @@ use m1_model::checkpoint::{self, LoadOptions, SaveOptions, WeightDtype};
 use m1_model::model::M1;
 use serde::{Deserialize, Serialize};
 
+use crate::data::DataConfig;
 use crate::optimizer::{OptimizerError, OptimizerSettings};
 use crate::schedule::Schedule;
 use crate::trainer::{TrainError, Trainer};
@@ -25,8 +26,10 @@ use crate::trainer::{TrainError, Trainer};
 /// What decides a run's result; kept in every checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Seed of the weights and of the examples.
+    /// Seed of the weights.
     pub seed: u64,
+    /// What the examples are made from.
+    pub data: DataConfig,
     /// Steps in all, unless `minutes` ends the run.
     pub steps: Option<u64>,
     /// Minutes of training in all. The learning rate then follows the clock, and the result is not reproducible to the bit.

@@ -8,7 +8,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation::log_softmax};
 use m1_model::batch::Batch;
 use m1_model::model::{M1, router_aux_loss};

@@ -2,7 +2,6 @@
 
 use crate::assets::{Assets, LoadSettings};
 use crate::sampler::SamplingOptions;
-use clap::ValueEnum;
 use m1_model::checkpoint::WeightDtype;
 use m1_model::device::{DeviceChoice, OpenDevice};
 use std::path::PathBuf;
@@ -16,21 +15,12 @@ pub struct ModelArgs {
     /// Where to run: auto (CUDA, then a GPU through wgpu, then the CPU), cuda[:N], wgpu[:N] or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Weights in memory [default: f32 on the CPU, as stored elsewhere]
+    /// Weights in memory: f32 or bf16 [default: f32 on the CPU, as stored elsewhere]
     #[arg(long, value_name = "DTYPE")]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<WeightDtype>,
     /// Rotated dimensions of a head, for a `minimax` checkpoint whose config does not tell
     #[arg(long, value_name = "N")]
     pub rotary_dim: Option<usize>,
-}
-
-/// A dtype of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// Four bytes a weight.
-    F32,
-    /// Two bytes a weight.
-    Bf16,
 }
 
 impl ModelArgs {
@@ -43,16 +33,20 @@ impl ModelArgs {
 
     /// How to load, with the context limited to `context` tokens.
     pub fn settings(&self, context: Option<usize>) -> LoadSettings {
-        let dtype = self.dtype.map(|dtype| match dtype {
-            Dtype::F32 => WeightDtype::F32,
-            Dtype::Bf16 => WeightDtype::Bf16,
-        });
-        LoadSettings { dtype, rotary_dim: self.rotary_dim, context }
+        LoadSettings {
+            dtype: self.dtype,
+            rotary_dim: self.rotary_dim,
+            context,
+        }
     }
 
     /// Loads model and tokenizer.
     pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
-        Ok(Assets::load(&self.model, &self.open_device()?, &self.settings(context))?)
+        Ok(Assets::load(
+            &self.model,
+            &self.open_device()?,
+            &self.settings(context),
+        )?)
     }
 }
 
@@ -87,7 +81,9 @@ impl SamplingArgs {
             top_p: self.top_p.unwrap_or(defaults.top_p),
             top_k: self.top_k.unwrap_or(defaults.top_k),
             min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
             seed: self.seed.or(defaults.seed),
         };
         options.validate()?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use m1_model::checkpoint::{Comparison, Directory, WeightDtype};
 use m1_model::config::AttentionKind;
+use m1_model::device::DeviceChoice;
 use m1_model::flops;
 use serde_json::{Value, json};
 
@@ -14,12 +15,16 @@ use serde_json::{Value, json};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Reads no weights. Where the directory lists its tensors (an index or model.safetensors), the exit status \
-is 1 if any is missing or unexpected or, with all files there, if a header is wrong; a bare config.json is fine."
+is 1 if any is missing or unexpected, if only some of the files are there or, with all there, if a header is wrong. A \
+bare config.json, or an index without any of its files, is fine."
 )]
 pub struct Args {
     /// Checkpoint directory; config.json and model.safetensors.index.json will do
-    #[arg(long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR")]
     model: PathBuf,
+    /// Accepted as by every command; nothing is opened or run
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
     /// One JSON object on stdout, every number a plain integer, names in full
     #[arg(long)]
     json: bool,
@@ -36,7 +41,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let directory = Directory::open(&args.model, args.rotary_dim)?;
     let comparison = directory.compare();
     // With every shard there, their headers are checked too; an index may also stand alone.
-    let complete = directory.has_weights() && directory.files().iter().all(|file| file.exists());
+    let (listed, present) = (directory.files().len(), present(&directory));
+    let complete = directory.has_weights() && present == listed;
     let sound = comparison.missing.is_empty() && comparison.unexpected.is_empty();
     let stored = if complete && sound { Some(directory.verify()?) } else { None };
 
@@ -47,7 +53,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let (missing, unexpected) = (comparison.missing.len(), comparison.unexpected.len());
         bail!("{}: {missing} tensors missing, {unexpected} unexpected", directory.listed_in().display());
     }
+    if present > 0 && present < listed {
+        bail!("{}: only {present} of {listed} files are there", directory.listed_in().display());
+    }
     Ok(())
+}
+
+/// How many of the listed files are there.
+fn present(directory: &Directory) -> usize {
+    directory.files().iter().filter(|file| file.exists()).count()
 }
 
 fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: Option<u64>) -> Value {
@@ -71,7 +85,7 @@ fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: O
             "missing": comparison.missing,
             "unexpected": comparison.unexpected,
         },
-        "files": { "listed": directory.files().len(), "present": directory.files().iter().filter(|f| f.exists()).count() },
+        "files": { "listed": directory.files().len(), "present": present(directory) },
         "weight_bytes": {
             "stored": stored,
             "f32": integer(flops::weight_bytes(config, WeightDtype::F32)),
@@ -80,6 +94,7 @@ fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: O
         "cache_bytes_per_sequence": integer(flops::state_bytes(config)),
         "cache_bytes_per_token": both(&|dtype| flops::kv_bytes_per_token(config, dtype)),
         "context": context,
+        "cache_bytes_at_context": both(&|dtype| flops::cache_bytes(config, context, dtype)),
         "flops_per_token": integer(flops::flops_per_token(config, context)),
         "device_memory_bytes": both(&|dtype| {
             flops::weight_bytes(config, dtype) + flops::cache_bytes(config, context, dtype)
@@ -174,12 +189,16 @@ mod tests {
         assert_eq!(bytes(3 << 39), "1.5 TiB");
     }
 
+    fn args(model: &std::path::Path) -> Args {
+        Args { model: model.into(), device: DeviceChoice::Auto, json: true, context: 100, rotary_dim: None }
+    }
+
     #[test]
     fn a_bare_configuration_is_enough() {
         let folder = tempfile::tempdir().unwrap();
         let config = m1_model::config::ModelConfig::preset("nano").unwrap();
         std::fs::write(folder.path().join("config.json"), config.to_json()).unwrap();
-        let args = Args { model: folder.path().into(), json: true, context: 100, rotary_dim: None };
+        let args = args(folder.path());
         let directory = Directory::open(&args.model, None).unwrap();
         let report = report(&args, &directory, &directory.compare(), None);
         assert_eq!(report["tensors"]["found"], 0);
@@ -202,7 +221,7 @@ mod tests {
             names.into_iter().map(|t| (t.name, json!("model-00001-of-00001.safetensors"))).collect();
         let index = json!({ "weight_map": map }).to_string();
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        let args = Args { model: folder.path().into(), json: false, context: 0, rotary_dim: None };
+        let args = args(folder.path());
         let said = run(args).unwrap_err().to_string();
         assert!(said.contains("1 tensors missing, 0 unexpected"), "{said}");
     }

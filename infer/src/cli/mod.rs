@@ -61,7 +61,11 @@ pub fn parse<P: Parser>() -> Result<P, ExitCode> {
             note!("{}", text.trim_end());
             return ExitCode::from(2);
         }
-        let first: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        let first: Vec<&str> = text
+            .lines()
+            .take_while(|line| !line.is_empty())
+            .map(str::trim)
+            .collect();
         note!("{} (--help tells more)", first.join(" "));
         ExitCode::from(2)
     })
@@ -69,7 +73,9 @@ pub fn parse<P: Parser>() -> Result<P, ExitCode> {
 
 /// The exit status of a command, its error told in one line.
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
-    let Err(error) = result else { return ExitCode::SUCCESS };
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
     let broken_pipe = |e: &(dyn std::error::Error + 'static)| {
         let io = e.downcast_ref::<std::io::Error>();
         io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)

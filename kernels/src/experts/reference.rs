@@ -57,7 +57,7 @@ mod tests {
         for (tokens, k) in [(1, 2), (1, 1), (7, 3), (13, 4)] {
             let x = draw(tokens, hidden);
             let routing = route(draw(tokens, count), k, None);
-            let shares = routing.shares.clone().into_data().to_vec::<f32>().unwrap();
+            let shares = routing.shares.clone().try_into_vec_as::<f32>().unwrap();
             let mut dense = vec![0f32; tokens * count];
             for (slot, &e) in routing.choices.iter().enumerate() {
                 dense[slot / k * count + e as usize] = shares[slot];

@@ -151,7 +151,7 @@ mod tests {
             let lengths = [tokens, tokens / 2];
             let (o, state) =
                 lightning_attention(q.clone(), k.clone(), v.clone(), &slopes, Some(initial.clone()), Some(&lengths), true);
-            let host = |x: Tensor<4>| x.into_data().to_vec::<f32>().unwrap();
+            let host = |x: Tensor<4>| x.try_into_vec_as::<f32>().unwrap();
             let (q, k, v, o) = (host(q), host(k), host(v), host(o));
             let (initial, state) = (host(initial), host(state.unwrap()));
             for row in 0..rows {

@@ -131,7 +131,7 @@ mod tests {
                         KeyValues { keys: k.clone().narrow(2, start, n), values: v.clone().narrow(2, start, n) }
                     })
                     .collect();
-                let host = |x: Tensor<4>| x.into_data().to_vec::<f32>().unwrap();
+                let host = |x: Tensor<4>| x.try_into_vec_as::<f32>().unwrap();
                 let o = host(softmax_attention(q.clone(), &blocks, past));
                 let (q, k, v) = (host(q), host(k), host(v));
                 for row in 0..rows {

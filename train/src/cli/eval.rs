@@ -11,7 +11,8 @@ use m1_infer::tokenizer::Tokenizer;
 use m1_model::checkpoint::{self, LoadOptions, WeightDtype};
 use m1_model::device::DeviceChoice;
 
-use crate::data::{Corpus, DataConfig};
+use crate::cli::pretrain::load_tokenizer;
+use crate::data::{Data, DataConfig};
 use crate::eval::{EvalSettings, Mode, evaluate, markdown};
 use crate::tasks;
 
@@ -107,7 +108,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if end_ids.is_empty() {
         bail!("{}: no end-of-turn id in generation_config.json or tokenizer_config.json", args.model.display());
     }
-    let corpus = Corpus::new(DataConfig::new(args.seed), crate::tokenizer::load(&args.model)?);
+    let data = Data::new(DataConfig::default(), load_tokenizer(&args.model)?)?;
 
     let threads = match args.threads {
         Some(n) => n as usize,
@@ -118,7 +119,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:30.cyan/dim} {pos}/{len} problems, {eta} left")?);
     let report = evaluate(
-        &model, &tokenizer, &end_ids, &corpus, &chosen, &settings, &pools, args.show, &bar,
+        &model, &tokenizer, &end_ids, &data, &chosen, &settings, &pools, args.show, &bar,
     )?;
     bar.finish_and_clear();
 

@@ -12,14 +12,20 @@ use burn::tensor::Device;
 use m1_model::config::ModelConfig;
 use m1_model::device::DeviceChoice;
 use m1_model::model::M1;
+use tokenizers::Tokenizer;
 
-use crate::data::{Corpus, DataConfig};
+use crate::data::{Data, DataConfig};
 use crate::optimizer::OptimizerSettings;
 use crate::pretrain::{Ended, Pace, done, pretrain};
 use crate::run::{self, Progress, RunState, Settings};
 use crate::schedule::Schedule;
 use crate::tokenizer;
 use crate::trainer::Trainer;
+
+/// Conversations that the tokenizer is trained on.
+const TOKENIZER_CONVERSATIONS: u64 = 20_000;
+/// Its entries, at most.
+const TOKENIZER_ENTRIES: usize = 1280;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -72,7 +78,7 @@ pub struct Args {
     /// Weight of the router's auxiliary loss, kept in config.json [default: the configuration's]
     #[arg(long, value_name = "X", value_parser = not_negative)]
     router_aux_loss_coef: Option<f64>,
-    /// Seed of weights and examples [default: 0]
+    /// Seed of weights and examples [default: 1]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Go on from the run's last checkpoint
@@ -116,7 +122,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             start(&args, threads, &device)?
         }
     };
-    let corpus = Corpus::new(DataConfig::new(state.settings.seed), tokenizer::load(&args.out)?);
+    let data = Data::new(state.settings.data.clone(), load_tokenizer(&args.out)?)?;
     let config = trainer.model().config();
     eprintln!(
         "{:.2} M parameters, {} layers, vocabulary {}, {} threads; step {} ({:.0} % done)",
@@ -133,8 +139,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         save_every: args.save_every,
         log_every: args.log_every,
     };
-    let example = |index| corpus.example(index);
-    let ended = pretrain(&args.out, &mut trainer, &mut state, example, pace, &stop)?;
+    let ended = pretrain(&args.out, &mut trainer, &mut state, &data, pace, &stop)?;
     let p = &state.progress;
     match ended {
         Ended::Finished => {
@@ -160,7 +165,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// A new run: tokenizer, configuration, random weights.
 fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunState, Trainer)> {
     let settings = Settings {
-        seed: args.seed.unwrap_or(0),
+        seed: args.seed.unwrap_or(1),
+        data: DataConfig {
+            seed: args.seed.unwrap_or(1),
+            ..DataConfig::default()
+        },
         steps: args.steps.or(args.minutes.is_none().then_some(3000)),
         minutes: args.minutes,
         batch_tokens: args.batch_tokens.unwrap_or(6144) as usize,
@@ -178,7 +187,8 @@ fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunSta
     fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
     if !args.out.join("tokenizer.json").exists() {
         eprintln!("making the tokenizer");
-        tokenizer::train(&DataConfig::new(settings.seed))?.save(&args.out)?;
+        let made = tokenizer::train(&settings.data, TOKENIZER_CONVERSATIONS, TOKENIZER_ENTRIES)?;
+        tokenizer::save(&made, &args.out)?;
     }
     let config = fit_to_tokenizer(wanted_config(args)?, &args.out)?;
     device.seed(settings.seed);
@@ -248,14 +258,20 @@ fn wanted_config(args: &Args) -> anyhow::Result<ModelConfig> {
 
 /// Gives a configuration the vocabulary and special ids of the tokenizer in `folder`.
 fn fit_to_tokenizer(mut config: ModelConfig, folder: &Path) -> anyhow::Result<ModelConfig> {
-    let tokenizer = tokenizer::load(folder)?;
-    // A multiple of 64 keeps the head's matrix product on whole tiles; the ids above the tokenizer's are never used.
-    config.vocab_size = tokenizer.vocab_size().next_multiple_of(64);
+    let made = load_tokenizer(folder)?;
+    config.vocab_size = tokenizer::vocab_size(&made);
     config.max_position_embeddings = config.max_position_embeddings.min(4096);
-    config.extra.insert("bos_token_id".into(), tokenizer.bos_id().into());
-    config.extra.insert("eos_token_id".into(), tokenizer.eos_id().into());
+    for (key, token) in [("bos_token_id", "<beginning_of_sentence>"), ("eos_token_id", "<end_of_sentence>")] {
+        config.extra.insert(key.into(), tokenizer::special_id(&made, token)?.into());
+    }
     config.validate()?;
     Ok(config)
+}
+
+/// Reads the tokenizer of a model's folder.
+pub(crate) fn load_tokenizer(folder: &Path) -> anyhow::Result<Tokenizer> {
+    let path = folder.join("tokenizer.json");
+    Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
 /// Set by the first Ctrl-C (or a termination signal); the second one ends the process at once.

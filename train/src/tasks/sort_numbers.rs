@@ -1,4 +1,4 @@
-//! Sorting numbers up or down. Difficulty d: 3 + d/2 numbers of up to 1 + d/2 digits (up to three at 5).
+//! Sorting numbers up or down. Difficulty d: 3 + d/3 numbers of up to 1 + (d+1)/3 digits.
 //! Answer: the numbers with ", " between them.
 //!
 //! Steps: the next one is picked out of those left, and the rest is copied.
@@ -14,7 +14,10 @@ use super::{Draw, Problem, Task};
 pub struct SortNumbers;
 
 /// Selection sort written out; `before` says which of two comes first. Returns the steps and the sorted items.
-pub(super) fn selection<T: ToString + Copy>(items: &[T], mut before: impl FnMut(&T, &T) -> bool) -> (String, Vec<T>) {
+pub(super) fn selection<T: ToString + Copy>(
+    items: &[T],
+    mut before: impl FnMut(&T, &T) -> bool,
+) -> (String, Vec<T>) {
     let (mut left, mut lines, mut sorted) = (items.to_vec(), Vec::new(), Vec::new());
     while !left.is_empty() {
         let mut next = 0;
@@ -25,7 +28,11 @@ pub(super) fn selection<T: ToString + Copy>(items: &[T], mut before: impl FnMut(
         }
         let listed: Vec<_> = left.iter().map(T::to_string).collect();
         // Words are one token with the space before them: none is left at the head of a line without it.
-        let space = if listed[next].starts_with(|c: char| c.is_ascii_digit()) { "" } else { " " };
+        let space = if listed[next].starts_with(|c: char| c.is_ascii_digit()) {
+            ""
+        } else {
+            " "
+        };
         lines.push(format!("- {}:{space}{}", listed.join(" "), listed[next]));
         sorted.push(left.remove(next));
     }
@@ -38,8 +45,8 @@ impl Task for SortNumbers {
     }
 
     fn draw(&self, draw: &mut Draw, difficulty: u8) -> Problem {
-        let count = 3 + usize::from(difficulty) / 2;
-        let digits = 1 + u32::from(difficulty) / 2;
+        let count = 3 + usize::from(difficulty) / 3;
+        let digits = 1 + (u32::from(difficulty) + 1) / 3;
         let mut numbers: Vec<u64> = Vec::new();
         while numbers.len() < count {
             let fewer = digits > 1 && draw.chance(20);
@@ -50,7 +57,13 @@ impl Task for SortNumbers {
         }
         let up = draw.chance(60);
         let (thinking, sorted) = selection(&numbers, |a, b| if up { a < b } else { a > b });
-        let list = |numbers: &[u64]| numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let list = |numbers: &[u64]| {
+            numbers
+                .iter()
+                .map(u64::to_string)
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         let given = list(&numbers);
         let question = match (up, draw.below(3)) {
             (true, 0) => format!("Sort these numbers: {given}."),
@@ -91,7 +104,10 @@ mod tests {
     fn answer_is_sorted_as_asked() {
         for index in 0..100 {
             let problem = SortNumbers.generate(1, index, 5);
-            let mut numbers: Vec<u64> = problem.key[1..].split(", ").map(|n| n.parse().unwrap()).collect();
+            let mut numbers: Vec<u64> = problem.key[1..]
+                .split(", ")
+                .map(|n| n.parse().unwrap())
+                .collect();
             numbers.sort_unstable();
             if problem.key.starts_with('>') {
                 numbers.reverse();

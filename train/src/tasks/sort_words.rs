@@ -18,7 +18,13 @@ impl Task for SortWords {
         let mut words: Vec<&str> = Vec::new();
         while words.len() < count {
             let word = *draw.pick(&WORDS);
-            let clash = |other: &&str| if difficulty <= 5 { other[..1] == word[..1] } else { *other == word };
+            let clash = |other: &&str| {
+                if difficulty <= 5 {
+                    other[..1] == word[..1]
+                } else {
+                    *other == word
+                }
+            };
             if !words.iter().any(clash) {
                 words.push(word);
             }
@@ -58,7 +64,14 @@ mod tests {
             let mut words: Vec<_> = problem.key.split(", ").collect();
             words.sort_unstable();
             assert_eq!(problem.answer, words.join(", "));
-            assert!(problem.thinking.lines().last().unwrap().ends_with(words[words.len() - 1]));
+            assert!(
+                problem
+                    .thinking
+                    .lines()
+                    .last()
+                    .unwrap()
+                    .ends_with(words[words.len() - 1])
+            );
             words.swap(1, 2);
             assert!(!SortWords.verify(&problem, &words.join(", ")));
         }

@@ -1,0 +1,68 @@
+//! Loading holds the weights and little more: its peak memory, as Linux counts it for this process.
+//!
+//! Its own binary with one test, because the peak is the process's. `M1_LOAD=DIR` measures a checkpoint of yours:
+//! `M1_LOAD=DIR cargo test --release -p m1-tests --test load -- --nocapture`.
+
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use m1_model::checkpoint::{Directory, LoadOptions, SaveOptions, WeightDtype, load, save};
+use m1_model::{M1, ModelConfig};
+
+/// A figure of `/proc/self/status` in bytes.
+fn status(key: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().unwrap() << 10
+}
+
+/// 35 M weights in shards of 16 MB.
+fn sample(folder: &Path) {
+    let mut config = ModelConfig::preset("small").unwrap();
+    config.num_hidden_layers = 2;
+    config.attn_type_list = vec![0, 1];
+    let model = M1::new(&config, &Device::flex());
+    save(folder, &model, &SaveOptions { dtype: WeightDtype::Bf16, max_shard_bytes: 16 << 20 }).unwrap();
+}
+
+#[test]
+fn loading_peaks_at_the_weights_and_one_shard() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = match std::env::var_os("M1_LOAD") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            sample(folder.path());
+            folder.path().to_path_buf()
+        }
+    };
+    let directory = Directory::open(&path, None).unwrap();
+    let stored = directory.verify().unwrap();
+    let shard = directory.files().iter().map(|file| file.metadata().unwrap().len()).max().unwrap();
+
+    for dtype in [None, Some(WeightDtype::F32)] {
+        // Makes the kernel count the peak anew.
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        let before = status("VmRSS:");
+        let start = Instant::now();
+        let model = load(&path, &Device::flex(), &LoadOptions { dtype, ..Default::default() }).unwrap();
+        let seconds = start.elapsed().as_secs_f64();
+        let (peak, after) = (status("VmHWM:") - before, status("VmRSS:").saturating_sub(before));
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        eprintln!(
+            "{:?}: {:.1} MB stored, {seconds:.2} s ({:.0} MB/s), peak {:.1} MB, afterwards {:.1} MB, largest file {:.1} MB",
+            dtype,
+            mb(stored),
+            mb(stored) / seconds,
+            mb(peak),
+            mb(after),
+            mb(shard)
+        );
+        // Headers, names and threads take some megabytes of their own.
+        assert!(peak < after + shard + (16 << 20), "the peak is {peak} bytes for {after} of weights");
+        assert!(after < 3 * stored, "{after} bytes in memory for {stored} stored");
+        drop(model);
+    }
+}
