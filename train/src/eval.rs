@@ -36,6 +36,8 @@ pub struct EvalSettings {
     pub max_new_tokens: usize,
     /// Replies decoded together.
     pub rows: usize,
+    /// Replies of each kind that the report keeps to be shown.
+    pub samples: usize,
 }
 
 /// What can stop an evaluation.
@@ -107,18 +109,27 @@ pub struct Report {
     pub samples: Vec<(String, u8, Mode, Vec<Sample>)>,
 }
 
-/// Asks the model all problems; `threads` batches are worked on side by side and `samples` replies of each kind are kept.
+/// Who is asked, and what about.
+pub struct Subject<'a> {
+    /// The model.
+    pub model: &'a M1,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Ids that end a reply.
+    pub end_ids: Vec<u32>,
+    /// Where the problems come from.
+    pub data: &'a Data,
+}
+
+/// Asks the model all problems, as many batches side by side as there are pools.
 pub fn evaluate(
-    model: &M1,
-    tokenizer: &Tokenizer,
-    end_ids: &[u32],
-    data: &Data,
+    subject: &Subject,
     tasks: &[&dyn Task],
     settings: &EvalSettings,
     pools: &[rayon::ThreadPool],
-    samples: usize,
     bar: &ProgressBar,
 ) -> Result<Report, EvalError> {
+    let Subject { model, tokenizer, data, .. } = *subject;
     let mut report = Report::default();
     let mut jobs = Vec::new();
     for &task in tasks {
@@ -137,7 +148,7 @@ pub fn evaluate(
         let options = DecodeOptions {
             sampling: sampling(*mode, settings),
             allowed: Some(tokenizer.known(model.config().vocab_size)),
-            end_ids: end_ids.to_vec(),
+            end_ids: subject.end_ids.clone(),
             max_new_tokens: settings.max_new_tokens,
         };
         let prompt = |(k, p): (usize, &Problem)| {
@@ -172,7 +183,7 @@ pub fn evaluate(
             score.problems += 1;
             score.solved += u64::from(solved);
             score.unfinished += u64::from(!ended);
-            if kept.len() < samples {
+            if kept.len() < settings.samples {
                 kept.push(Sample {
                     question: problem.question.clone(),
                     reply,
@@ -289,6 +300,7 @@ mod tests {
             top_p: 0.95,
             max_new_tokens: 400,
             rows: 32,
+            samples: 0,
         };
         let text = markdown(&scores, &settings);
         let lines: Vec<&str> = text.lines().collect();

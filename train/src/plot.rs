@@ -58,6 +58,7 @@ fn draw(
     let finite = |v: &f64| v.is_finite() && *v > 0.0;
     let low = raw.iter().map(|p| p.1).filter(finite).fold(f64::MAX, f64::min);
     let high = raw.iter().map(|p| p.1).filter(finite).fold(f64::MIN, f64::max);
+    let end = last.0.max(f64::EPSILON);
 
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
@@ -67,8 +68,8 @@ fn draw(
         .x_label_area_size(46)
         .y_label_area_size(58)
         .build_cartesian_2d(
-            raw[0].0..raw[raw.len() - 1].0.max(raw[0].0 + f64::EPSILON),
-            (low * 0.9..high * 1.1).log_scale(),
+            0.0..end,
+            (low * 0.9..high * 1.1).log_scale().with_key_points(ticks(low * 0.9, high * 1.1)),
         )?;
     chart
         .configure_mesh()
@@ -79,12 +80,8 @@ fn draw(
         .axis_desc_style(("sans-serif", 15).into_font().color(&INK))
         .x_desc("tokens seen (millions)")
         .y_desc("cross-entropy of the reply (nats per token)")
-        .x_label_formatter(&|v| format!("{v:.1}"))
-        .y_label_formatter(&|v| match *v {
-            v if v >= 1.0 => format!("{v:.1}"),
-            v if v >= 0.1 => format!("{v:.2}"),
-            v => format!("{v:.3}"),
-        })
+        .x_label_formatter(&|v| if end < 2.0 { format!("{v:.2}") } else { format!("{v:.0}") })
+        .y_label_formatter(&|v| v.to_string())
         .draw()?;
     chart
         .draw_series(LineSeries::new(
@@ -114,6 +111,13 @@ fn draw(
 
 fn point(m: &StepMetrics) -> (f64, f64) {
     (m.tokens as f64 / 1e6, m.loss)
+}
+
+/// 1, 2 and 5 times the powers of ten within a range: plotters marks only the powers, which a narrow range may lack.
+fn ticks(low: f64, high: f64) -> Vec<f64> {
+    let all = (-9..9).flat_map(|power| ["1", "2", "5"].map(|digit| format!("{digit}e{power}")));
+    // By text, so that 2e-1 is the nearest number to 0.2 and prints as such.
+    all.filter_map(|text| text.parse().ok()).filter(|v| (low..=high).contains(v)).collect()
 }
 
 /// An exponential mean over about 2 % of the run, unbiased at its start.
@@ -154,6 +158,12 @@ mod tests {
         for (_, y) in smoothed(&history(400, |_| 0.7)) {
             assert!((y - 0.7).abs() < 1e-12);
         }
+    }
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        let texts: Vec<String> = ticks(0.03, 3.0).iter().map(f64::to_string).collect();
+        assert_eq!(texts, ["0.05", "0.1", "0.2", "0.5", "1", "2"]);
     }
 
     #[test]

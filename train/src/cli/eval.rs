@@ -13,7 +13,7 @@ use m1_model::device::DeviceChoice;
 
 use crate::cli::pretrain::load_tokenizer;
 use crate::data::{Data, DataConfig};
-use crate::eval::{EvalSettings, Mode, evaluate, markdown};
+use crate::eval::{EvalSettings, Mode, Subject, evaluate, markdown};
 use crate::tasks;
 
 const AFTER_HELP: &str = "\
@@ -97,6 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         top_p: args.top_p,
         max_new_tokens: args.max_new_tokens as usize,
         rows: args.rows as usize,
+        samples: args.show,
     };
     let open = args.device.open()?;
     eprintln!("device: {}", open.name);
@@ -118,9 +119,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let pools = (0..threads).map(pool).collect::<Result<Vec<_>, _>>()?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:30.cyan/dim} {pos}/{len} problems, {eta} left")?);
-    let report = evaluate(
-        &model, &tokenizer, &end_ids, &data, &chosen, &settings, &pools, args.show, &bar,
-    )?;
+    let subject = Subject {
+        model: &model,
+        tokenizer: &tokenizer,
+        end_ids,
+        data: &data,
+    };
+    let report = evaluate(&subject, &chosen, &settings, &pools, &bar)?;
     bar.finish_and_clear();
 
     if let Some(path) = &args.json {
