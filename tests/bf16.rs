@@ -26,7 +26,10 @@ fn one_layer_at_a_time() {
         "all_lightning",
     ] {
         let golden = Golden::open(name);
-        let (exact, rounded) = (golden.model(&device), golden.model_in(WeightDtype::Bf16, &device));
+        let (exact, rounded) = (
+            golden.model(&device),
+            golden.model_in(WeightDtype::Bf16, &device),
+        );
         let text = golden.tokens[..golden.tokens.len().min(300)].to_vec();
         let batch = Batch::new(vec![text]);
         let mut trace = Trace::hidden();
@@ -38,15 +41,30 @@ fn one_layer_at_a_time() {
             golden.config.rope_theta,
             &device,
         );
-        for (i, (exact, rounded)) in exact.model.layers.iter().zip(&rounded.model.layers).enumerate() {
+        for (i, (exact, rounded)) in exact
+            .model
+            .layers
+            .iter()
+            .zip(&rounded.model.layers)
+            .enumerate()
+        {
             let input = trace.hidden[i].clone().cast(DType::BF16);
             let replay = || Trace::none().replaying(trace.choices.clone());
-            let want = exact.forward(input.clone().cast(DType::F32), &layout, &rotation, None, &mut replay());
+            let want = exact.forward(
+                input.clone().cast(DType::F32),
+                &layout,
+                &rotation,
+                None,
+                &mut replay(),
+            );
             let got = rounded.forward(input, &layout, &rotation, None, &mut replay());
             assert_eq!(got.dtype(), DType::BF16, "{name}: activations stay in bf16");
             let error = relative_l2(&values(&got), &values(&want));
             eprintln!("{name:14} layer {i}: relative L2 error {error:.1e}");
-            assert!(error < LAYER_TOLERANCE, "{name}: layer {i} is off by {error:.1e}");
+            assert!(
+                error < LAYER_TOLERANCE,
+                "{name}: layer {i} is off by {error:.1e}"
+            );
         }
     }
 }
@@ -69,7 +87,8 @@ fn the_whole_model() {
     ] {
         let (got, chosen) = run(WeightDtype::Bf16, trace);
         let vocab = golden.config.vocab_size;
-        let best = |row: &[f64]| (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+        let best =
+            |row: &[f64]| (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best });
         let rows = want.len() / vocab;
         let same = want
             .chunks(vocab)

@@ -118,9 +118,16 @@ fn long() {
     let model = golden.model(&Device::flex());
     let (n, first) = (golden.tokens.len(), golden.first_recorded());
     let tail: Vec<usize> = (first..n).collect();
-    let whole = logits(&model, Batch::new(vec![golden.tokens.clone()]).at(vec![tail]), None);
+    let whole = logits(
+        &model,
+        Batch::new(vec![golden.tokens.clone()]).at(vec![tail]),
+        None,
+    );
     let error = golden.check_logits(first, &whole, "whole");
-    eprintln!("long: largest logit error {error:.1e}, bound {:.1e}", golden.bound);
+    eprintln!(
+        "long: largest logit error {error:.1e}, bound {:.1e}",
+        golden.bound
+    );
     let mut cache = Cache::new(&golden.config, 1, &Device::flex());
     for part in golden.tokens[..first].chunks(1001) {
         model.forward(
@@ -188,12 +195,17 @@ fn minimax_own_code() {
         .map(|&t| logits(&model, Batch::new(vec![vec![t]]), Some(&mut cache)))
         .collect();
     let decode = own("decode_logits", &Tensor::cat(steps, 0));
-    let rows = vec![golden.tokens[..70].to_vec(), golden.tokens[100..150].to_vec()];
+    let rows = vec![
+        golden.tokens[..70].to_vec(),
+        golden.tokens[100..150].to_vec(),
+    ];
     let padded = own(
         "leftpad_row1_logits",
         &logits(&model, Batch::new(rows), None).narrow(0, 70, 50),
     );
-    eprintln!("MiniMax's own code: prefill {prefill:.1e}, decode {decode:.1e}, padded row {padded:.1e}");
+    eprintln!(
+        "MiniMax's own code: prefill {prefill:.1e}, decode {decode:.1e}, padded row {padded:.1e}"
+    );
 
     let mut cache = Cache::new(&golden.config, 1, &device);
     let mut trace = Trace::hidden();
@@ -205,7 +217,10 @@ fn minimax_own_code() {
     golden.check_cache_names(&cache, 0, "first 40 tokens", ["state", "kcache", "vcache"]);
     assert_eq!(trace.hidden.len(), 9);
     for (i, hidden) in trace.hidden.iter().enumerate() {
-        let error = relative_l2(&values(hidden), &golden.recorded[&format!("hidden_{i}")].values);
+        let error = relative_l2(
+            &values(hidden),
+            &golden.recorded[&format!("hidden_{i}")].values,
+        );
         assert!(error <= 1e-4, "hidden_{i} is off by {error:.1e}");
     }
 }

@@ -327,3 +327,144 @@ impl<'a> Chat<'a> {
         Ok(ids)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::tiny;
+    use crate::generation_config::GenerationConfig;
+    use crate::tokenizer::tests::byte_level;
+
+    const TOKENS: [&str; 5] = [
+        "<begin_of_document>",
+        "<beginning_of_sentence>",
+        "<end_of_sentence>",
+        "<think>",
+        "</think>",
+    ];
+
+    /// The directory goes with it: the template is read when a chat begins.
+    fn assets(template: &str) -> (tempfile::TempDir, Assets) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        let tokenizer = byte_level(dir.path(), &TOKENS);
+        let generation = GenerationConfig::default();
+        let (engine, end_ids) = (tiny(272, 400), vec![258]);
+        (
+            dir,
+            Assets {
+                engine,
+                tokenizer,
+                generation,
+                end_ids,
+            },
+        )
+    }
+
+    fn message(role: &str, content: &str, ids: Option<Vec<u32>>) -> Message {
+        Message {
+            role: role.into(),
+            content: content.into(),
+            ids,
+        }
+    }
+
+    fn chat(assets: &Assets) -> Chat<'_> {
+        let options = SamplingOptions {
+            seed: Some(1),
+            ..SamplingOptions::default()
+        };
+        Chat::new(assets, options).unwrap()
+    }
+
+    #[test]
+    fn a_replys_ids_are_never_made_from_its_text() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let mut chat = chat(&assets);
+        // A hidden token in the middle: the text alone would not bring it back.
+        let ids = vec![104, 257, 105];
+        let past = [
+            message("user", "q", None),
+            message("assistant", "hi", Some(ids.clone())),
+        ];
+        chat.set_messages([&past[..], &[message("user", "hi", None)]].concat());
+        let prompt = chat.prompt().unwrap();
+        let encode = |text: &str| assets.tokenizer.encode(text, false).unwrap();
+        let start = "<begin_of_document><beginning_of_sentence>user name=user\nq<end_of_sentence>\n\
+            <beginning_of_sentence>ai name=assistant\n";
+        let end = "<end_of_sentence>\n<beginning_of_sentence>user name=user\nhi<end_of_sentence>\n\
+            <beginning_of_sentence>ai name=assistant\n";
+        assert_eq!(prompt, [encode(start), ids, encode(end)].concat());
+        // A new system prompt changes what comes before, not the reply.
+        chat.system = Some("s".into());
+        let prompt = chat.prompt().unwrap();
+        assert!(prompt.windows(3).any(|ids| ids == [104, 257, 105]));
+        // Ids that say something else are not believed.
+        chat.set_messages(vec![message("assistant", "hi", Some(vec![104, 104]))]);
+        assert_eq!(chat.messages()[0].ids, None);
+        chat.set_messages(vec![message("assistant", "", Some(vec![5000]))]);
+        assert_eq!(chat.messages()[0].ids, None);
+    }
+
+    #[test]
+    fn a_template_that_alters_replies_is_obeyed() {
+        let (_dir, assets) =
+            assets("{% for m in messages %}{{ m['content'] | replace('i', 'o') }}|{% endfor %}");
+        let mut chat = chat(&assets);
+        chat.set_messages(vec![message("assistant", "hi", Some(vec![104, 257, 105]))]);
+        assert_eq!(
+            chat.prompt().unwrap(),
+            assets.tokenizer.encode("ho|", false).unwrap()
+        );
+    }
+
+    #[test]
+    fn a_turn_is_kept_or_undone_as_a_whole() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let mut chat = chat(&assets);
+        let stop = chat.say("a", &|| false, &mut |_| Ok(()));
+        assert!(matches!(
+            stop,
+            Err(ChatError::Engine(EngineError::Interrupted))
+        ));
+        assert_eq!(chat.messages(), []);
+        let long = "x".repeat(400);
+        let error = chat.say(&long, &|| true, &mut |_| Ok(())).unwrap_err();
+        assert!(matches!(
+            error,
+            ChatError::Engine(EngineError::Context { context: 400, .. })
+        ));
+        assert_eq!(chat.messages(), []);
+        chat.max_new = Some(30);
+        let mut shown = String::new();
+        let turn = chat.say("a", &|| true, &mut |text| {
+            shown.push_str(text);
+            Ok(())
+        });
+        let turn = turn.unwrap();
+        assert_eq!(turn.text, shown);
+        assert_eq!(chat.messages().len(), 2);
+        assert_eq!(chat.messages()[1].content, shown);
+        let ids = chat.messages()[1].ids.clone().unwrap();
+        assert_eq!(ids.len(), turn.stats.made);
+        // Whoever listens goes away: that is told, and what was said stays.
+        let gone = chat.say("b", &|| true, &mut |_| {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        });
+        assert!(matches!(gone, Err(ChatError::Output(_))));
+        assert_eq!(chat.messages().len(), 4);
+    }
+
+    #[test]
+    fn a_reply_counts_against_its_own_limit_without_the_block_of_no_thought() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let mut chat = chat(&assets);
+        (chat.thinking, chat.max_new) = (false, Some(4));
+        let turn = chat.say("a", &|| true, &mut |_| Ok(())).unwrap();
+        assert!(turn.stats.made <= 4 && !turn.text.contains("<think>"));
+        assert_eq!(
+            chat.messages()[1].content,
+            format!("{NO_THINKING}{}", turn.text)
+        );
+    }
+}

@@ -295,15 +295,16 @@ pub(crate) fn to_host(tensor: Tensor<2>) -> Result<Vec<f32>, EngineError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::sampler::SamplingOptions;
 
-    fn engine(context: usize) -> Engine {
+    /// Three layers with random weights, always the same.
+    pub(crate) fn tiny(vocab_size: usize, context: usize) -> Engine {
         let device = Device::flex();
         device.seed(3);
         let config = ModelConfig {
-            vocab_size: 96,
+            vocab_size,
             hidden_size: 32,
             num_hidden_layers: 3,
             attn_type_list: vec![0, 1, 0],
@@ -337,7 +338,7 @@ mod tests {
 
     #[test]
     fn only_what_is_new_is_read_and_the_logits_are_those_of_a_fresh_run() {
-        let engine = engine(4000);
+        let engine = tiny(96, 4000);
         let mut session = engine.session();
         let mut go = |_: usize, _: usize| true;
         let (a, b) = (prompt(40, 1), prompt(30, 2));
@@ -401,7 +402,7 @@ mod tests {
 
     #[test]
     fn a_reply_stays_in_the_cache() {
-        let engine = engine(4000);
+        let engine = tiny(96, 4000);
         let mut session = engine.session();
         let mut text = prompt(20, 4);
         session.read(&text, &mut |_, _| true).unwrap();
@@ -431,7 +432,7 @@ mod tests {
 
     #[test]
     fn an_interrupted_prefill_is_continued() {
-        let engine = engine(4000);
+        let engine = tiny(96, 4000);
         let mut session = engine.session();
         let ids = prompt(1200, 6);
         let mut calls = 0;
@@ -452,7 +453,7 @@ mod tests {
 
     #[test]
     fn ends_limits_and_mistakes() {
-        let engine = engine(24);
+        let engine = tiny(96, 24);
         let mut session = engine.session();
         let mut go = |_: usize, _: usize| true;
         let mut sampler = Sampler::new(

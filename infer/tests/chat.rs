@@ -4,6 +4,7 @@ mod common;
 
 use common::{bare, checkpoint, command, m1, run, tokenizer};
 use std::io::{BufRead, BufReader, Read, Write};
+use tokenizers::AddedToken;
 
 /// (cached, read, made) of every line of statistics.
 fn stats(stderr: &str) -> Vec<[usize; 3]> {
@@ -287,6 +288,18 @@ fn mistakes_are_one_line_each() {
     };
     std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
     assert!(chat().mistake().contains("no chat template"));
+    let mut large = tokenizer();
+    large.add_tokens(&std::array::from_fn::<_, 70, _>(|i| {
+        AddedToken::from(format!("<{i}>"), false)
+    }));
+    large
+        .save(dir.path().join("tokenizer.json"), false)
+        .unwrap();
+    assert!(
+        chat()
+            .mistake()
+            .contains("ids up to 331, and config.json's vocab_size is 320")
+    );
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
     assert!(chat().mistake().contains("tokenizer.json: not found"));
     let help = bare(&["chat", "--help"]).ok();

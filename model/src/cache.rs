@@ -116,6 +116,7 @@ impl KvRow {
 
 /// What one layer keeps, for all rows.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one a layer
 pub enum LayerCache {
     /// `[rows, heads, d_k, d_v]`, f32.
     Lightning(Tensor<4>),
@@ -125,6 +126,7 @@ pub enum LayerCache {
 
 /// What one layer keeps of one row.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one a layer
 enum RowState {
     Lightning(Tensor<4>),
     Softmax(KvRow),

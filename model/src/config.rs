@@ -329,6 +329,10 @@ impl ModelConfig {
 
     /// Refuses sizes whose products no machine could index.
     fn validate_total(&self) -> Result<(), ConfigError> {
+        if self.num_hidden_layers * self.num_local_experts > MAX_EXPERTS {
+            let expected = format!("at most {MAX_EXPERTS} experts in all layers together");
+            return Err(invalid("num_local_experts", self.num_local_experts, expected));
+        }
         let wide = |n: usize| n as u128;
         let hidden = wide(self.hidden_size);
         let inner = wide(self.num_attention_heads) * wide(self.head_dim);
@@ -359,6 +363,9 @@ pub const MODEL_TYPE: &str = "minimax_m1";
 
 /// No size of a real model comes near; keeps every product of two in range.
 const MAX_SIZE: usize = 1 << 31;
+
+/// Each expert has names of its own, so their number is what makes lists of tensors long. M1 has 2,560.
+const MAX_EXPERTS: usize = 1 << 20;
 
 impl TryFrom<Map<String, Value>> for ModelConfig {
     type Error = ConfigError;
@@ -525,6 +532,7 @@ mod tests {
             ("attn_type_list", json!(vec![2; 80]), "0 (lightning) or 1 (softmax)"),
             ("attn_type_list", json!(vec![-1; 80]), "0 (lightning) and 1 (softmax)"),
             ("num_key_value_heads", json!(7), "a divisor of num_attention_heads = 64"),
+            ("num_local_experts", json!(20_000), "at most 1048576 experts in all layers"),
             ("num_experts_per_tok", json!(0), "1 to"),
             ("num_experts_per_tok", json!(33), "at most num_local_experts = 32"),
             ("rotary_dim", json!(0), "an even number from 2 to head_dim = 128"),
@@ -556,11 +564,9 @@ mod tests {
 
     #[test]
     fn sizes_whose_product_overflows_are_refused() {
-        for keys in [
-            ["vocab_size", "hidden_size"],
-            ["num_local_experts", "intermediate_size"],
-            ["num_attention_heads", "head_dim"],
-        ] {
+        for keys in
+            [["vocab_size", "hidden_size"], ["hidden_size", "intermediate_size"], ["num_attention_heads", "head_dim"]]
+        {
             let mut map: Map<String, Value> = serde_json::from_str(M1).unwrap();
             for key in keys {
                 map.insert(key.into(), json!(1u64 << 31));

@@ -46,7 +46,9 @@ impl Golden {
     /// One of `tests/goldens/`.
     pub fn open(name: &str) -> Self {
         Self::at(
-            &Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name),
+            &Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("goldens")
+                .join(name),
             "logits",
         )
     }
@@ -54,12 +56,18 @@ impl Golden {
     /// A directory in the form of `make_checkpoint.py`; `logits` names the float64 logits, of the text's last tokens.
     pub fn at(dir: &Path, logits: &str) -> Self {
         let recorded = read(&dir.join("golden.safetensors"));
-        let config = ModelConfig::from_file(dir.join("config.json")).expect("a golden's config.json is valid");
-        let tokens: Vec<u32> = recorded["tokens"].values.iter().map(|&t| t as u32).collect();
+        let config = ModelConfig::from_file(dir.join("config.json"))
+            .expect("a golden's config.json is valid");
+        let tokens: Vec<u32> = recorded["tokens"]
+            .values
+            .iter()
+            .map(|&t| t as u32)
+            .collect();
         let logits = recorded[logits].clone();
         let scalar = |name: &str| recorded.get(name).map(|r| r.values[0]);
         // 2e-3 at a deviation of 10, or four times what float32 costs the reference itself.
-        let bound = (2e-3 * scalar("logit_std").unwrap_or_else(|| deviation(&logits.values)) / 10.0)
+        let bound = (2e-3 * scalar("logit_std").unwrap_or_else(|| deviation(&logits.values))
+            / 10.0)
             .max(4.0 * scalar("f32_error").unwrap_or(0.0));
         let name = dir
             .file_name()
@@ -89,7 +97,8 @@ impl Golden {
             dtype: Some(dtype),
             ..LoadOptions::default()
         };
-        checkpoint::load(&self.dir, device, &options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
+        checkpoint::load(&self.dir, device, &options)
+            .unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
     /// First token whose logits are recorded.
@@ -123,10 +132,21 @@ impl Golden {
     }
 
     /// As [`Golden::check_cache`] where the file has other names for the three.
-    pub fn check_cache_names(&self, cache: &Cache, row: usize, what: &str, [state, k, v]: [&str; 3]) {
+    pub fn check_cache_names(
+        &self,
+        cache: &Cache,
+        row: usize,
+        what: &str,
+        [state, k, v]: [&str; 3],
+    ) {
         let compare = |name: String, got: Vec<f64>| {
-            let Some(want) = self.recorded.get(&name) else { return 0 };
-            let (l2, max) = (relative_l2(&got, &want.values), relative_max(&got, &want.values));
+            let Some(want) = self.recorded.get(&name) else {
+                return 0;
+            };
+            let (l2, max) = (
+                relative_l2(&got, &want.values),
+                relative_max(&got, &want.values),
+            );
             assert!(
                 l2 <= CACHE_TOLERANCE && max <= CACHE_TOLERANCE,
                 "{} {what}: {name} of row {row} is off by {l2:.1e} (L2) and {max:.1e} (largest), relative",
@@ -191,12 +211,18 @@ fn deviation(values: &[f64]) -> f64 {
 /// All tensors of a safetensors file, widened to f64.
 pub fn read(path: &Path) -> HashMap<String, Recorded> {
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file =
+        SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     file.iter()
         .map(|(name, tensor)| {
             let data = tensor.data();
             let values = match tensor.dtype() {
-                Dtype::F64 => data.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
+                Dtype::F64 => data
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&b| f64::from_le_bytes(b))
+                    .collect(),
                 Dtype::F32 => data
                     .as_chunks()
                     .0
@@ -209,7 +235,10 @@ pub fn read(path: &Path) -> HashMap<String, Recorded> {
                     .iter()
                     .map(|&b| i32::from_le_bytes(b).into())
                     .collect(),
-                other => panic!("{}: {name} has the unexpected dtype {other:?}", path.display()),
+                other => panic!(
+                    "{}: {name} has the unexpected dtype {other:?}",
+                    path.display()
+                ),
             };
             (
                 name.to_string(),

@@ -19,7 +19,11 @@ pub fn logits(model: &M1, batch: Batch, cache: Option<&mut Cache>) -> Tensor<2> 
 /// The whole text without and with a cache.
 pub fn whole(model: &M1, golden: &Golden, n: usize) {
     let text = golden.tokens[..n].to_vec();
-    let error = golden.check_logits(0, &logits(model, Batch::new(vec![text.clone()]), None), "whole");
+    let error = golden.check_logits(
+        0,
+        &logits(model, Batch::new(vec![text.clone()]), None),
+        "whole",
+    );
     eprintln!(
         "{:14} largest logit error {error:.1e}, bound {:.1e}",
         golden.name, golden.bound
@@ -69,7 +73,11 @@ pub fn decode_after_prefill(model: &M1, golden: &Golden, n: usize, prefill: usiz
         assert_eq!(none.dims()[0], 0, "a batch without outputs gives none");
     }
     for at in prefill..n {
-        let got = logits(model, Batch::new(vec![vec![golden.tokens[at]]]), Some(&mut cache));
+        let got = logits(
+            model,
+            Batch::new(vec![vec![golden.tokens[at]]]),
+            Some(&mut cache),
+        );
         golden.check_logits(at, &got, "decode after prefill");
     }
 }
@@ -81,7 +89,11 @@ pub fn chosen_outputs(model: &M1, golden: &Golden, n: usize) {
     assert_eq!(last.dims()[0], 2);
     golden.check_logits(n - 1, &last.clone().narrow(0, 0, 1), "last of row 0");
     golden.check_logits(n / 2 - 1, &last.narrow(0, 1, 1), "last of row 1");
-    let at = logits(model, Batch::new(rows()).at(vec![vec![3, 0, n - 1], vec![n / 4]]), None);
+    let at = logits(
+        model,
+        Batch::new(rows()).at(vec![vec![3, 0, n - 1], vec![n / 4]]),
+        None,
+    );
     assert_eq!(at.dims()[0], 4);
     for (i, token) in [3, 0, n - 1, n / 4].into_iter().enumerate() {
         golden.check_logits(token, &at.clone().narrow(0, i, 1), "chosen outputs");
@@ -119,7 +131,14 @@ impl Row {
 }
 
 /// Feeds each row `take[i]` more tokens in one batch and holds each against itself alone.
-fn advance(model: &M1, golden: &Golden, rows: &mut [Row], take: &[usize], cache: Option<&mut Cache>, what: &str) {
+fn advance(
+    model: &M1,
+    golden: &Golden,
+    rows: &mut [Row],
+    take: &[usize],
+    cache: Option<&mut Cache>,
+    what: &str,
+) {
     let new: Vec<Vec<u32>> = rows.iter().zip(take).map(|(row, &n)| row.next(n)).collect();
     let lengths: Vec<usize> = new.iter().map(Vec::len).collect();
     let vocab = golden.config.vocab_size;
@@ -149,15 +168,28 @@ fn advance(model: &M1, golden: &Golden, rows: &mut [Row], take: &[usize], cache:
 fn texts(model: &M1, golden: &Golden, n: usize) -> Vec<Row> {
     let t = &golden.tokens;
     let backwards: Vec<u32> = t[..n / 3].iter().rev().copied().collect();
-    [&t[..n / 2 + 1], &backwards, &t[n / 4..n / 2], &t[n - 1..n], &t[..n]]
-        .map(|text| Row::new(model, golden, text))
-        .into()
+    [
+        &t[..n / 2 + 1],
+        &backwards,
+        &t[n / 4..n / 2],
+        &t[n - 1..n],
+        &t[..n],
+    ]
+    .map(|text| Row::new(model, golden, text))
+    .into()
 }
 
 /// Rows of different lengths in one batch, with and without a cache; an empty row among them.
 pub fn uneven_rows(model: &M1, golden: &Golden, n: usize) {
     let all = vec![usize::MAX / 2; 5];
-    advance(model, golden, &mut texts(model, golden, n), &all, None, "uneven rows");
+    advance(
+        model,
+        golden,
+        &mut texts(model, golden, n),
+        &all,
+        None,
+        "uneven rows",
+    );
     let mut cache = Cache::new(&golden.config, 5, &model.device());
     advance(
         model,
@@ -187,7 +219,14 @@ pub fn different_depths(model: &M1, golden: &Golden, n: usize) {
                 _ => rng.random_range(n / 6..=n / 2),
             })
             .collect();
-        advance(model, golden, &mut rows, &take, Some(&mut cache), "different depths");
+        advance(
+            model,
+            golden,
+            &mut rows,
+            &take,
+            Some(&mut cache),
+            "different depths",
+        );
     }
     for (i, row) in rows.iter().enumerate() {
         assert_eq!(cache.tokens(i), row.text);
@@ -211,7 +250,9 @@ pub fn changing_rows(model: &M1, golden: &Golden, n: usize) {
     );
 
     let mut kept: Vec<Option<Row>> = rows.into_iter().map(Some).collect();
-    let mut rows: Vec<Row> = [4, 2, 0].map(|i| kept[i].take().expect("each row once")).into();
+    let mut rows: Vec<Row> = [4, 2, 0]
+        .map(|i| kept[i].take().expect("each row once"))
+        .into();
     cache.select(&[4, 2, 0]);
     advance(
         model,
@@ -241,7 +282,14 @@ pub fn changing_rows(model: &M1, golden: &Golden, n: usize) {
     rows.push(copy);
     cache.select(&[0, 1, 2, 3, 0]);
     for take in [[1, 1, 1, 1, 1], [7, 1, 0, 2, n / 5], [n, n, n, n, n]] {
-        advance(model, golden, &mut rows, &take, Some(&mut cache), "one repeated");
+        advance(
+            model,
+            golden,
+            &mut rows,
+            &take,
+            Some(&mut cache),
+            "one repeated",
+        );
     }
     assert!(rows.iter().all(|row| row.left() == 0));
 
@@ -267,7 +315,11 @@ pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
     let feed = |cache: &mut Cache, from: usize, to: usize, what: &str| {
         golden.check_logits(
             from,
-            &logits(model, Batch::new(vec![text[from..to].to_vec()]), Some(cache)),
+            &logits(
+                model,
+                Batch::new(vec![text[from..to].to_vec()]),
+                Some(cache),
+            ),
             what,
         );
     };
@@ -289,10 +341,14 @@ pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
     feed(&mut cache, middle, middle + 3, "restored");
     feed(&mut cache, middle + 3, n, "restored and continued");
 
-    cache.truncate(0, &second).expect("the snapshot is of this text");
+    cache
+        .truncate(0, &second)
+        .expect("the snapshot is of this text");
     assert_eq!(cache.len(0), middle);
     feed(&mut cache, middle, middle + 1, "truncated");
-    cache.truncate(0, &first).expect("the snapshot is of this text");
+    cache
+        .truncate(0, &first)
+        .expect("the snapshot is of this text");
     feed(&mut cache, early, early + 1, "truncated twice");
 
     // Shorter than the second snapshot now, and later on another way.
@@ -304,12 +360,20 @@ pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
     };
     assert_eq!(cache.truncate(0, &second), Err(refused));
     let other = (text[length] + 1) % golden.config.vocab_size as u32;
-    logits(model, Batch::new(vec![vec![other; middle]]), Some(&mut cache));
+    logits(
+        model,
+        Batch::new(vec![vec![other; middle]]),
+        Some(&mut cache),
+    );
     assert!(
         cache.truncate(0, &second).is_err(),
         "a snapshot of another text is refused"
     );
-    assert_eq!(cache.len(0), length + middle, "a refusal leaves the row as it was");
+    assert_eq!(
+        cache.len(0),
+        length + middle,
+        "a refusal leaves the row as it was"
+    );
 
     let mut rows = Cache::new(&golden.config, 2, &device);
     logits(

@@ -60,7 +60,11 @@ pub fn decode(
         };
         let sampler = Sampler::new(sampling, options.allowed.clone())?;
         let reply = Vec::new();
-        rows.push(Row { prompt, sampler, reply });
+        rows.push(Row {
+            prompt,
+            sampler,
+            reply,
+        });
     }
     let mut cache = Cache::new(model.config(), rows.len(), &model.device());
     let mut next: Vec<Vec<u32>> = prompts.iter().map(|p| p.ids.clone()).collect();
@@ -78,7 +82,10 @@ pub fn decode(
                 row.reply.push(id);
             }
             if ended || row.reply.len() >= options.max_new_tokens {
-                replies[row.prompt] = Some(Reply { ids: row.reply, ended });
+                replies[row.prompt] = Some(Reply {
+                    ids: row.reply,
+                    ended,
+                });
             } else {
                 kept.push(i);
                 next.push(vec![id]);

@@ -38,6 +38,8 @@ pub struct EvalSettings {
     pub rows: usize,
     /// Replies of each kind that the report keeps to be shown.
     pub samples: usize,
+    /// Training conversations to look through for the questions asked.
+    pub overlap_conversations: u64,
 }
 
 /// What can stop an evaluation.
@@ -101,11 +103,18 @@ pub struct Sample {
 }
 
 /// What an evaluation found.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
+    /// Different questions asked.
+    pub questions: usize,
+    /// How many of them occur, word for word, among the training conversations looked through: 0 unless the split is broken.
+    pub overlap: usize,
+    /// How many training conversations were looked through.
+    pub overlap_conversations: u64,
     /// One entry per task, difficulty and mode.
     pub scores: Vec<Score>,
     /// The first few replies of each.
+    #[serde(skip)]
     pub samples: Vec<(String, u8, Mode, Vec<Sample>)>,
 }
 
@@ -129,15 +138,27 @@ pub fn evaluate(
     pools: &[rayon::ThreadPool],
     bar: &ProgressBar,
 ) -> Result<Report, EvalError> {
-    let Subject { model, tokenizer, data, .. } = *subject;
-    let mut report = Report::default();
+    let Subject {
+        model,
+        tokenizer,
+        data,
+        ..
+    } = *subject;
     let mut jobs = Vec::new();
+    let mut questions = HashSet::new();
     for &task in tasks {
         for &difficulty in &settings.difficulties {
             let problems = problems(data, task, difficulty, settings.problems)?;
+            questions.extend(problems.iter().map(|p| p.question.clone()));
             for &mode in &settings.modes {
                 for (first, chunk) in problems.chunks(settings.rows).enumerate() {
-                    jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
+                    jobs.push((
+                        task,
+                        difficulty,
+                        mode,
+                        first * settings.rows,
+                        chunk.to_vec(),
+                    ));
                 }
             }
         }
@@ -152,29 +173,50 @@ pub fn evaluate(
             max_new_tokens: settings.max_new_tokens,
         };
         let prompt = |(k, p): (usize, &Problem)| {
-            let seed = settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64);
+            let seed = settings
+                .seed
+                .wrapping_mul(1_000_003)
+                .wrapping_add((first + k) as u64);
             data.prompt(p).map(|ids| Prompt { ids, seed })
         };
-        let prompts = problems.iter().enumerate().map(prompt).collect::<Result<Vec<_>, _>>()?;
+        let prompts = problems
+            .iter()
+            .enumerate()
+            .map(prompt)
+            .collect::<Result<Vec<_>, _>>()?;
         let replies = decode(model, &prompts, &options)?;
         bar.inc(problems.len() as u64);
         Ok::<_, EvalError>(replies)
     });
+    let mut report = Report {
+        questions: questions.len(),
+        overlap: data.overlap(
+            questions.iter().map(String::as_str),
+            settings.overlap_conversations,
+        ),
+        overlap_conversations: settings.overlap_conversations,
+        ..Report::default()
+    };
     let mut scores: BTreeMap<(usize, u8, Mode), (Score, Vec<Sample>)> = BTreeMap::new();
     for ((task, difficulty, mode, _, problems), replies) in jobs.iter().zip(results) {
-        let place = tasks.iter().position(|t| t.name() == task.name()).unwrap_or(0);
-        let (score, kept) = scores.entry((place, *difficulty, *mode)).or_insert_with(|| {
-            let score = Score {
-                task: task.name().to_string(),
-                difficulty: *difficulty,
-                mode: *mode,
-                problems: 0,
-                solved: 0,
-                unfinished: 0,
-                mean_tokens: 0.0,
-            };
-            (score, Vec::new())
-        });
+        let place = tasks
+            .iter()
+            .position(|t| t.name() == task.name())
+            .unwrap_or(0);
+        let (score, kept) = scores
+            .entry((place, *difficulty, *mode))
+            .or_insert_with(|| {
+                let score = Score {
+                    task: task.name().to_string(),
+                    difficulty: *difficulty,
+                    mode: *mode,
+                    problems: 0,
+                    solved: 0,
+                    unfinished: 0,
+                    mean_tokens: 0.0,
+                };
+                (score, Vec::new())
+            });
         for (problem, Reply { ids, ended }) in problems.iter().zip(replies?) {
             let reply = tokenizer.decode(&ids);
             let solved = ended && task.verify(problem, &reply);
@@ -194,14 +236,21 @@ pub fn evaluate(
         }
     }
     for ((_, difficulty, mode), (score, samples)) in scores {
-        report.samples.push((score.task.clone(), difficulty, mode, samples));
+        report
+            .samples
+            .push((score.task.clone(), difficulty, mode, samples));
         report.scores.push(score);
     }
     Ok(report)
 }
 
 /// Different evaluation problems; a small space at low difficulty has fewer than wanted.
-fn problems(data: &Data, task: &dyn Task, difficulty: u8, wanted: u64) -> Result<Vec<Problem>, DataError> {
+fn problems(
+    data: &Data,
+    task: &dyn Task,
+    difficulty: u8,
+    wanted: u64,
+) -> Result<Vec<Problem>, DataError> {
     let mut keys = HashSet::new();
     let mut problems = Vec::new();
     for index in 0..wanted.saturating_mul(4) {
@@ -244,7 +293,10 @@ pub fn markdown(scores: &[Score], settings: &EvalSettings) -> String {
         let of_mode: Vec<&Score> = scores.iter().filter(|s| s.mode == *mode).collect();
         let how = match mode {
             Mode::Greedy => "Greedy".to_owned(),
-            Mode::Sampled => format!("Temperature {}, top_p {}", settings.temperature, settings.top_p),
+            Mode::Sampled => format!(
+                "Temperature {}, top_p {}",
+                settings.temperature, settings.top_p
+            ),
         };
         let _ = write!(text, "{how}, % solved:\n\n| task |");
         for d in &settings.difficulties {
@@ -290,7 +342,11 @@ mod tests {
             unfinished: 0,
             mean_tokens: 40.0,
         };
-        let scores = [score("sort", 1, 50, 50), score("sort", 2, 40, 30), score("clock", 1, 50, 1)];
+        let scores = [
+            score("sort", 1, 50, 50),
+            score("sort", 2, 40, 30),
+            score("clock", 1, 50, 1),
+        ];
         let settings = EvalSettings {
             difficulties: vec![1, 2],
             problems: 50,
@@ -301,6 +357,7 @@ mod tests {
             max_new_tokens: 400,
             rows: 32,
             samples: 0,
+            overlap_conversations: 0,
         };
         let text = markdown(&scores, &settings);
         let lines: Vec<&str> = text.lines().collect();

@@ -96,7 +96,10 @@ impl Optimizer {
             .with_epsilon(settings.epsilon);
         Self {
             settings,
-            decayed: config.clone().with_weight_decay(settings.weight_decay).build(),
+            decayed: config
+                .clone()
+                .with_weight_decay(settings.weight_decay)
+                .build(),
             plain: config.with_weight_decay(0.0).build(),
             states: vec![None; infos.len()],
             infos,
@@ -149,7 +152,11 @@ impl Optimizer {
             None if state.is_none() => return (value, None),
             None => value.zeros_like(),
         };
-        let adamw = if decays(info) { &self.decayed } else { &self.plain };
+        let adamw = if decays(info) {
+            &self.decayed
+        } else {
+            &self.plain
+        };
         adamw.step(lr, value, gradient, state)
     }
 
@@ -165,7 +172,11 @@ impl Optimizer {
             for (kind, moment) in [("m", &momentum.moment_1), ("v", &momentum.moment_2)] {
                 let data = moment.to_data().convert::<f32>();
                 let len = moment.dims()[0];
-                tensors.push((format!("{}.{kind}", info.path), data.as_bytes().to_vec(), len));
+                tensors.push((
+                    format!("{}.{kind}", info.path),
+                    data.as_bytes().to_vec(),
+                    len,
+                ));
             }
         }
         let format = |source| OptimizerError::Format {
@@ -238,7 +249,11 @@ impl Optimizer {
 
 /// The factor that brings a gradient of this norm down to `clip`; 1 below it or when clipping is off.
 pub fn clip_scale(norm: f64, clip: f64) -> f64 {
-    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
+    if clip > 0.0 && norm > clip {
+        clip / norm
+    } else {
+        1.0
+    }
 }
 
 /// Norms are scales and the embedding's rows are looked up, not multiplied: neither is pulled towards zero.
@@ -255,7 +270,12 @@ mod tests {
     }
 
     fn pools() -> Vec<rayon::ThreadPool> {
-        let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let pool = || {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(1)
+                .build()
+                .unwrap()
+        };
         vec![pool(), pool()]
     }
 
@@ -290,9 +310,16 @@ mod tests {
         let gradients = vec![Some(tensor(&[1e-9, -0.5])), Some(tensor(&[0.5, 1e-9]))];
         let (new, _) = optimizer.step(0.01, values, gradients, &pools());
         let close = |found: &[f32], expected: [f32; 2]| {
-            found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 2e-6)
+            found
+                .iter()
+                .zip(expected)
+                .all(|(a, b)| (a - b).abs() < 2e-6)
         };
-        assert!(close(&host(&new[0]), [0.999 - 0.01, 0.999 + 0.01]), "{:?}", host(&new[0]));
+        assert!(
+            close(&host(&new[0]), [0.999 - 0.01, 0.999 + 0.01]),
+            "{:?}",
+            host(&new[0])
+        );
         assert!(close(&host(&new[1]), [0.99, 0.99]), "{:?}", host(&new[1]));
     }
 
@@ -306,7 +333,9 @@ mod tests {
             let g = 0.1 * i as f32;
             // The second parameter has no gradient in the first step and no state then.
             let second = (i > 1).then(|| tensor(&[g, 2.0 * g]));
-            values = whole.step(0.01, values, vec![Some(tensor(&[g, -g])), second], &pools()).0;
+            values = whole
+                .step(0.01, values, vec![Some(tensor(&[g, -g])), second], &pools())
+                .0;
         }
         whole.save(&path).unwrap();
         let mut resumed = Optimizer::new(OptimizerSettings::default(), infos());
@@ -324,7 +353,12 @@ mod tests {
         let path = dir.path().join("optimizer.safetensors");
         let mut one = Optimizer::new(OptimizerSettings::default(), infos());
         let values = vec![tensor(&[1.0, 1.0]), tensor(&[1.0, 1.0])];
-        one.step(0.1, values, vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))], &pools());
+        one.step(
+            0.1,
+            values,
+            vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))],
+            &pools(),
+        );
         one.save(&path).unwrap();
         let mut other = infos();
         other[0].shape = vec![3, 1];
@@ -332,6 +366,9 @@ mod tests {
             .load(&path, &Device::flex())
             .unwrap_err()
             .to_string();
-        assert!(error.contains("a.weight.m") && error.contains("F32 [3]"), "{error}");
+        assert!(
+            error.contains("a.weight.m") && error.contains("F32 [3]"),
+            "{error}"
+        );
     }
 }

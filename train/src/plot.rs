@@ -56,8 +56,16 @@ fn draw(
     let stride = history.len().div_ceil(POINTS);
     let last = smooth[smooth.len() - 1];
     let finite = |v: &f64| v.is_finite() && *v > 0.0;
-    let low = raw.iter().map(|p| p.1).filter(finite).fold(f64::MAX, f64::min);
-    let high = raw.iter().map(|p| p.1).filter(finite).fold(f64::MIN, f64::max);
+    let low = raw
+        .iter()
+        .map(|p| p.1)
+        .filter(finite)
+        .fold(f64::MAX, f64::min);
+    let high = raw
+        .iter()
+        .map(|p| p.1)
+        .filter(finite)
+        .fold(f64::MIN, f64::max);
     let end = last.0.max(f64::EPSILON);
 
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
@@ -69,7 +77,9 @@ fn draw(
         .y_label_area_size(58)
         .build_cartesian_2d(
             0.0..end,
-            (low * 0.9..high * 1.1).log_scale().with_key_points(ticks(low * 0.9, high * 1.1)),
+            (low * 0.9..high * 1.1)
+                .log_scale()
+                .with_key_points(ticks(low * 0.9, high * 1.1)),
         )?;
     chart
         .configure_mesh()
@@ -80,7 +90,13 @@ fn draw(
         .axis_desc_style(("sans-serif", 15).into_font().color(&INK))
         .x_desc("tokens seen (millions)")
         .y_desc("cross-entropy of the reply (nats per token)")
-        .x_label_formatter(&|v| if end < 2.0 { format!("{v:.2}") } else { format!("{v:.0}") })
+        .x_label_formatter(&|v| {
+            if end < 2.0 {
+                format!("{v:.2}")
+            } else {
+                format!("{v:.0}")
+            }
+        })
         .y_label_formatter(&|v| v.to_string())
         .draw()?;
     chart
@@ -117,12 +133,14 @@ fn point(m: &StepMetrics) -> (f64, f64) {
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let all = (-9..9).flat_map(|power| ["1", "2", "5"].map(|digit| format!("{digit}e{power}")));
     // By text, so that 2e-1 is the nearest number to 0.2 and prints as such.
-    all.filter_map(|text| text.parse().ok()).filter(|v| (low..=high).contains(v)).collect()
+    all.filter_map(|text| text.parse().ok())
+        .filter(|v| (low..=high).contains(v))
+        .collect()
 }
 
-/// An exponential mean over about 2 % of the run, unbiased at its start.
+/// An exponential mean over about 1 % of the run, unbiased at its start.
 fn smoothed(history: &[StepMetrics]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (history.len() as f64 / 50.0).max(5.0);
+    let keep = 1.0 - 1.0 / (history.len() as f64 / 100.0).max(5.0);
     let (mut sum, mut weight) = (0.0, 0.0);
     let mut line = Vec::with_capacity(history.len());
     for m in history {
@@ -173,7 +191,7 @@ mod tests {
         loss_svg(&path, "a run", &history(5000, |s| 7.0 / (s as f64).sqrt())).unwrap();
         let svg = fs::read_to_string(&path).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert!(svg.contains("running mean, last 0.0"), "legend");
+        assert!(svg.contains("running mean, last 0."), "legend");
         assert!(svg.matches("<polyline").count() >= 2, "two lines");
         assert!(svg.len() < 120_000, "{} bytes", svg.len());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);

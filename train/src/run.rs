@@ -174,7 +174,9 @@ pub fn load_trainer(
     let model = load_model(folder, device)?;
     let (micro, step) = (settings.micro_tokens, state.progress.step);
     let mut trainer = Trainer::new(model, settings.optimizer, micro, threads, step)?;
-    trainer.optimizer_mut().load(&folder.join(MOMENTS), device)?;
+    trainer
+        .optimizer_mut()
+        .load(&folder.join(MOMENTS), device)?;
     Ok(trainer)
 }
 

@@ -202,7 +202,9 @@ pub(crate) fn in_parallel<T: Send>(
                             break;
                         }
                         let result = job(i);
-                        done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
+                        done.lock()
+                            .unwrap_or_else(|e| e.into_inner())
+                            .push((i, result));
                     }
                 });
             });
@@ -245,7 +247,9 @@ fn micro_batch(model: &M1, examples: &[&Example], targets: usize, share: f64) ->
 pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
     let (mut rows, mut offsets, mut next) = (Vec::new(), Vec::new(), Vec::new());
     for example in examples {
-        let learned: Vec<usize> = (1..example.ids.len()).filter(|&t| example.loss[t]).collect();
+        let learned: Vec<usize> = (1..example.ids.len())
+            .filter(|&t| example.loss[t])
+            .collect();
         next.extend(learned.iter().map(|&t| example.ids[t] as i32));
         offsets.push(learned.iter().map(|t| t - 1).collect());
         rows.push(example.ids[..example.ids.len().saturating_sub(1)].to_vec());
@@ -310,7 +314,9 @@ impl Load {
     fn range(&self) -> (f64, f64) {
         let relative = self.counts.iter().flat_map(|counts| {
             let fair = counts.iter().sum::<u64>() as f64 / counts.len() as f64;
-            counts.iter().map(move |&c| c as f64 / fair.max(f64::MIN_POSITIVE))
+            counts
+                .iter()
+                .map(move |&c| c as f64 / fair.max(f64::MIN_POSITIVE))
         });
         relative.fold((f64::MAX, 0.0), |(low, high), r| (low.min(r), high.max(r)))
     }

@@ -36,10 +36,11 @@ pub fn translate(
     let named = |error: ConfigError| ConfigError::File { path: path.into(), error: Box::new(error) };
     rename(&mut keys).map_err(named)?;
     let from_factor = rotary_from_factor(&mut keys).map_err(named)?;
-    match rotary_dim.map(Value::from).or_else(|| keys.get("rotary_dim").cloned()).or(from_factor) {
-        Some(dim) if !dim.is_null() => keys.insert("rotary_dim".into(), dim),
-        _ => return Err(CheckpointError::RotaryDim(path.into())),
+    let from_file = keys.get("rotary_dim").filter(|dim| !dim.is_null()).cloned();
+    let Some(dim) = rotary_dim.map(Value::from).or(from_file).or(from_factor) else {
+        return Err(CheckpointError::RotaryDim(path.into()));
     };
+    keys.insert("rotary_dim".into(), dim);
     Ok(ModelConfig::try_from(keys).map_err(named)?)
 }
 
@@ -122,9 +123,11 @@ fn rotary_from_factor(keys: &mut Map<String, Value>) -> Result<Option<Value>, Co
     }
     let key = "partial_rotary_factor";
     let head_dim = keys.get("head_dim").and_then(Value::as_u64).unwrap_or(0) as f64;
-    let dim = factor.as_f64().map(|factor| factor * head_dim);
-    match dim {
-        Some(dim) if dim.fract() == 0.0 && dim >= 2.0 && dim <= head_dim => Ok(Some(json!(dim as u64))),
+    match factor.as_f64().map(|factor| factor * head_dim) {
+        // A third of 96 is not quite 32 in floating point.
+        Some(dim) if (dim - dim.round()).abs() < 1e-6 && dim >= 2.0 && dim <= head_dim => {
+            Ok(Some(json!(dim.round() as u64)))
+        }
         _ => Err(invalid(key, factor, format!("a share of head_dim = {head_dim} that is a whole, even number"))),
     }
 }

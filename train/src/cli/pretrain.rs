@@ -117,7 +117,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ),
         (None, resume) => {
             if resume {
-                eprintln!("{}: no checkpoint yet, starting at step 0", args.out.display());
+                eprintln!(
+                    "{}: no checkpoint yet, starting at step 0",
+                    args.out.display()
+                );
             }
             start(&args, threads, &device)?
         }
@@ -213,15 +216,30 @@ fn resume(
     let float = |v: Option<u64>| v.map(|v| v as f64);
     for (flag, given, was) in [
         ("--seed", float(args.seed), s.seed as f64),
-        ("--batch-tokens", float(args.batch_tokens), s.batch_tokens as f64),
-        ("--micro-tokens", float(args.micro_tokens), s.micro_tokens as f64),
+        (
+            "--batch-tokens",
+            float(args.batch_tokens),
+            s.batch_tokens as f64,
+        ),
+        (
+            "--micro-tokens",
+            float(args.micro_tokens),
+            s.micro_tokens as f64,
+        ),
         ("--lr", args.lr, s.schedule.peak),
         ("--warmup", float(args.warmup), s.schedule.warmup as f64),
-        ("--weight-decay", args.weight_decay.map(|x| f64::from(x as f32)), s.optimizer.weight_decay.into()),
+        (
+            "--weight-decay",
+            args.weight_decay.map(|x| f64::from(x as f32)),
+            s.optimizer.weight_decay.into(),
+        ),
         ("--clip", args.clip, s.optimizer.clip),
     ] {
         if let Some(given) = given.filter(|&g| g != was) {
-            bail!("{flag} {given}: the run in {} has {was}; leave the flag out to go on with it", args.out.display());
+            bail!(
+                "{flag} {given}: the run in {} has {was}; leave the flag out to go on with it",
+                args.out.display()
+            );
         }
     }
     let mut state = saved.clone();
@@ -232,7 +250,10 @@ fn resume(
     let trainer = run::load_trainer(folder, &state, threads, device)?;
     if args.preset.is_some() || args.config.is_some() || args.router_aux_loss_coef.is_some() {
         let wanted = fit_to_tokenizer(wanted_config(args)?, &args.out)?;
-        let sizes = |c: &ModelConfig| ModelConfig { extra: Default::default(), ..c.clone() };
+        let sizes = |c: &ModelConfig| ModelConfig {
+            extra: Default::default(),
+            ..c.clone()
+        };
         if sizes(&wanted) != sizes(trainer.model().config()) {
             bail!(
                 "--preset, --config, --router-aux-loss-coef: the run in {} has another configuration; leave them out",
@@ -261,8 +282,13 @@ fn fit_to_tokenizer(mut config: ModelConfig, folder: &Path) -> anyhow::Result<Mo
     let made = load_tokenizer(folder)?;
     config.vocab_size = tokenizer::vocab_size(&made);
     config.max_position_embeddings = config.max_position_embeddings.min(4096);
-    for (key, token) in [("bos_token_id", "<beginning_of_sentence>"), ("eos_token_id", "<end_of_sentence>")] {
-        config.extra.insert(key.into(), tokenizer::special_id(&made, token)?.into());
+    for (key, token) in [
+        ("bos_token_id", "<beginning_of_sentence>"),
+        ("eos_token_id", "<end_of_sentence>"),
+    ] {
+        config
+            .extra
+            .insert(key.into(), tokenizer::special_id(&made, token)?.into());
     }
     config.validate()?;
     Ok(config)

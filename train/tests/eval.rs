@@ -1,0 +1,146 @@
+//! `m1-train eval` on an untrained model: the table, the file, repeatability and the lines that mistakes get.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use burn::module::Module;
+use burn::tensor::Device;
+use m1_infer::sampler::SamplingOptions;
+use m1_model::checkpoint::{self, SaveOptions};
+use m1_model::config::ModelConfig;
+use m1_model::model::M1;
+use m1_train::data::DataConfig;
+use m1_train::decode::{DecodeOptions, Prompt, decode};
+use m1_train::tokenizer;
+
+/// A tiny model with a tokenizer, as `pretrain` leaves one.
+fn write_model(dir: &Path) -> M1 {
+    let made = tokenizer::train(&DataConfig::default(), 500, 400).unwrap();
+    tokenizer::save(&made, dir).unwrap();
+    let mut config = ModelConfig::preset("nano").unwrap();
+    config.num_hidden_layers = 2;
+    config.attn_type_list = vec![0, 1];
+    config.hidden_size = 16;
+    config.num_attention_heads = 2;
+    config.num_key_value_heads = 1;
+    config.head_dim = 8;
+    config.rotary_dim = 4;
+    config.intermediate_size = 24;
+    config.vocab_size = tokenizer::vocab_size(&made);
+    let end = tokenizer::special_id(&made, "<end_of_sentence>").unwrap();
+    config.extra.insert("eos_token_id".into(), end.into());
+    let model = M1::new(&config, &Device::flex()).materialize();
+    checkpoint::save(dir, &model, &SaveOptions::default()).unwrap();
+    model
+}
+
+fn eval(dir: &Path, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_m1-train"))
+        .args(["eval", "--device", "cpu", "--max-new-tokens", "6"])
+        .args(["--overlap", "50", "--model"])
+        .arg(dir)
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_table_a_file_and_the_same_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_model(dir);
+    let json = dir.join("scores.json");
+    let asked = [
+        "--tasks",
+        "addition,clock",
+        "--difficulty",
+        "2..3",
+        "--n",
+        "5",
+        "--json",
+    ];
+    let more: Vec<&str> = asked.into_iter().chain([json.to_str().unwrap()]).collect();
+    let first = eval(dir, &more);
+    let text = String::from_utf8(first.stdout).unwrap();
+    assert!(
+        first.status.success(),
+        "{}",
+        String::from_utf8_lossy(&first.stderr)
+    );
+    // Six tokens answer nothing, and a reply that is cut counts as wrong.
+    assert_eq!(
+        text.matches("| addition | 0 | 0 | 10 |").count(),
+        2,
+        "{text}"
+    );
+    assert_eq!(text.matches("| clock | 0 | 0 | 10 |").count(), 2, "{text}");
+    assert!(
+        text.contains("20 different questions; 0 of them occur in the first 50"),
+        "{text}"
+    );
+    let report: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert_eq!(report["scores"].as_array().unwrap().len(), 2 * 2 * 2);
+    assert_eq!(report["scores"][1]["mode"], "sampled");
+
+    let again = eval(
+        dir,
+        &[&more[..], &["--rows", "2", "--threads", "1"]].concat(),
+    );
+    assert_eq!(String::from_utf8(again.stdout).unwrap(), text);
+}
+
+#[test]
+fn mistakes_get_one_line_that_says_what_would_be_right() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_model(dir);
+    for (more, says) in [
+        (["--difficulty", "11"], "--difficulty 11: expected 1 to 10"),
+        (
+            ["--tasks", "chess"],
+            "--tasks chess: no such task; there are addition, ",
+        ),
+        (["--temperature", "-1"], "temperature"),
+        (["--json", "/no/such/folder/x"], "--json /no/such/folder/x"),
+    ] {
+        let more = [&more[..], &["--n", "1"]].concat();
+        let output = eval(dir, &more);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{more:?}");
+        assert!(text.contains(says), "{more:?}: {text}");
+    }
+    let text = String::from_utf8(eval(&dir.join("none"), &[]).stderr).unwrap();
+    assert!(
+        text.contains("none") && text.contains("config.json"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_reply_does_not_depend_on_its_neighbours() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = write_model(dir.path());
+    let prompts: Vec<Prompt> = (0..5u32)
+        .map(|i| Prompt {
+            ids: (0..3 + 4 * i).map(|j| (17 * i + 5 * j) % 300).collect(),
+            seed: u64::from(i),
+        })
+        .collect();
+    let options = DecodeOptions {
+        sampling: SamplingOptions::default(),
+        allowed: None,
+        // A tenth of the vocabulary ends a reply, so that rows leave the batch at different times.
+        end_ids: (0..40).map(|i| i * 10).collect(),
+        max_new_tokens: 30,
+    };
+    let together = decode(&model, &prompts, &options).unwrap();
+    for (prompt, reply) in prompts.iter().zip(&together) {
+        let alone = decode(&model, std::slice::from_ref(prompt), &options).unwrap();
+        assert_eq!(alone[0], *reply);
+        assert!(reply.ended == (reply.ids.len() < 30), "{reply:?}");
+    }
+    let lengths: Vec<usize> = together.iter().map(|r| r.ids.len()).collect();
+    assert!(lengths.iter().any(|n| *n != lengths[0]), "{lengths:?}");
+}
