@@ -18,12 +18,12 @@ fn wgpu() {
     let model = golden.model(&device);
     let note = |what: &str| eprintln!("{:6.1} s: {what}", start.elapsed().as_secs_f64());
 
-    // Past one block, so that states and blocks of keys and values are carried over.
-    paths::whole(&model, &golden, 640);
-    paths::chunks(&model, &golden, 640, &[300]);
+    // Past one block, so that states and blocks of keys and values are carried over. Few lengths: each new one autotunes.
+    paths::whole(&model, &golden, 260);
+    paths::chunks(&model, &golden, 260, &[130]);
     note("whole and chunks");
     paths::chunks(&model, &golden, 24, &[1]);
-    paths::decode_after_prefill(&model, &golden, 305, 300, 300);
+    paths::decode_after_prefill(&model, &golden, 265, 260, 130);
     note("decode");
     paths::chosen_outputs(&model, &golden, 32);
     paths::uneven_rows(&model, &golden, 48);

@@ -58,8 +58,8 @@ pub fn pretrain(
     stop: &AtomicBool,
 ) -> Result<Ended, PretrainError> {
     let log_path = out.join("metrics.jsonl");
-    let log_error = |e| RunError::from(io_error(&log_path)(e));
-    let mut log = MetricsLog::open(&log_path, state.progress.step).map_err(log_error)?;
+    let log_error = io_error(&log_path);
+    let mut log = MetricsLog::open(&log_path, state.progress.step).map_err(&log_error)?;
     let bar = Bar::new(state, pace.log_every);
     let before = state.progress.elapsed_s;
     let start = Instant::now();
@@ -93,7 +93,7 @@ pub fn pretrain(
             expert_load_max: report.expert_load_max,
             expert_load_min: report.expert_load_min,
         };
-        log.push(metrics).map_err(log_error)?;
+        log.push(metrics).map_err(&log_error)?;
         bar.show(state, log.history());
         if state.progress.step.is_multiple_of(pace.save_every) && done(state) < 1.0 {
             checkpoint(out, trainer, state, &log)?;
