@@ -15,56 +15,24 @@ const LAYER_TOLERANCE: f64 = 1e-2;
 #[test]
 fn one_layer_at_a_time() {
     let device = Device::flex();
-    for name in [
-        "hybrid",
-        "heads6",
-        "top3",
-        "prenorm",
-        "unequal",
-        "wide",
-        "all_softmax",
-        "all_lightning",
-    ] {
+    for name in ["hybrid", "heads6", "top3", "prenorm", "unequal", "wide", "all_softmax", "all_lightning"] {
         let golden = Golden::open(name);
-        let (exact, rounded) = (
-            golden.model(&device),
-            golden.model_in(WeightDtype::Bf16, &device),
-        );
+        let (exact, rounded) = (golden.model(&device), golden.model_in(WeightDtype::Bf16, &device));
         let text = golden.tokens[..golden.tokens.len().min(300)].to_vec();
         let batch = Batch::new(vec![text]);
         let mut trace = Trace::hidden();
         exact.forward(&batch, None, &mut trace);
         let layout = Layout::new(&batch, &[0], &device);
-        let rotation = Rotation::new(
-            &layout.positions,
-            golden.config.rotary_dim,
-            golden.config.rope_theta,
-            &device,
-        );
-        for (i, (exact, rounded)) in exact
-            .model
-            .layers
-            .iter()
-            .zip(&rounded.model.layers)
-            .enumerate()
-        {
+        let rotation = Rotation::new(&layout.positions, golden.config.rotary_dim, golden.config.rope_theta, &device);
+        for (i, (exact, rounded)) in exact.model.layers.iter().zip(&rounded.model.layers).enumerate() {
             let input = trace.hidden[i].clone().cast(DType::BF16);
             let replay = || Trace::none().replaying(trace.choices.clone());
-            let want = exact.forward(
-                input.clone().cast(DType::F32),
-                &layout,
-                &rotation,
-                None,
-                &mut replay(),
-            );
+            let want = exact.forward(input.clone().cast(DType::F32), &layout, &rotation, None, &mut replay());
             let got = rounded.forward(input, &layout, &rotation, None, &mut replay());
             assert_eq!(got.dtype(), DType::BF16, "{name}: activations stay in bf16");
             let error = relative_l2(&values(&got), &values(&want));
             eprintln!("{name:14} layer {i}: relative L2 error {error:.1e}");
-            assert!(
-                error < LAYER_TOLERANCE,
-                "{name}: layer {i} is off by {error:.1e}"
-            );
+            assert!(error < LAYER_TOLERANCE, "{name}: layer {i} is off by {error:.1e}");
         }
     }
 }
@@ -81,27 +49,14 @@ fn the_whole_model() {
         (values(&logits), trace.choices)
     };
     let (want, choices) = run(WeightDtype::F32, Trace::router());
-    for (routing, trace) in [
-        ("its own", Trace::router()),
-        ("f32's", Trace::router().replaying(choices.clone())),
-    ] {
+    for (routing, trace) in [("its own", Trace::router()), ("f32's", Trace::router().replaying(choices.clone()))] {
         let (got, chosen) = run(WeightDtype::Bf16, trace);
         let vocab = golden.config.vocab_size;
-        let best =
-            |row: &[f64]| (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+        let best = |row: &[f64]| (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best });
         let rows = want.len() / vocab;
-        let same = want
-            .chunks(vocab)
-            .zip(got.chunks(vocab))
-            .filter(|(w, g)| best(w) == best(g))
-            .count();
+        let same = want.chunks(vocab).zip(got.chunks(vocab)).filter(|(w, g)| best(w) == best(g)).count();
         let experts: usize = choices.iter().map(Vec::len).sum();
-        let kept = choices
-            .iter()
-            .flatten()
-            .zip(chosen.iter().flatten())
-            .filter(|(a, b)| a == b)
-            .count();
+        let kept = choices.iter().flatten().zip(chosen.iter().flatten()).filter(|(a, b)| a == b).count();
         let error = relative_l2(&got, &want);
         eprintln!(
             "bf16 with {routing} routing: logits off by {error:.1e} (relative L2), at most {:.2}; argmax equal in {same} of {rows}; experts equal in {kept} of {experts}",

@@ -25,15 +25,7 @@ fn sample(folder: &Path) {
     config.num_hidden_layers = 2;
     config.attn_type_list = vec![0, 1];
     let model = M1::new(&config, &Device::flex());
-    save(
-        folder,
-        &model,
-        &SaveOptions {
-            dtype: WeightDtype::Bf16,
-            max_shard_bytes: 16 << 20,
-        },
-    )
-    .unwrap();
+    save(folder, &model, &SaveOptions { dtype: WeightDtype::Bf16, max_shard_bytes: 16 << 20 }).unwrap();
 }
 
 #[test]
@@ -48,27 +40,14 @@ fn loading_peaks_at_the_weights_and_one_shard() {
     };
     let directory = Directory::open(&path, None).unwrap();
     let stored = directory.verify().unwrap();
-    let shard = directory
-        .files()
-        .iter()
-        .map(|file| file.metadata().unwrap().len())
-        .max()
-        .unwrap();
+    let shard = directory.files().iter().map(|file| file.metadata().unwrap().len()).max().unwrap();
 
     for dtype in [None, Some(WeightDtype::F32)] {
         // Makes the kernel count the peak anew.
         std::fs::write("/proc/self/clear_refs", "5").unwrap();
         let before = status("VmRSS:");
         let start = Instant::now();
-        let model = load(
-            &path,
-            &Device::flex(),
-            &LoadOptions {
-                dtype,
-                ..Default::default()
-            },
-        )
-        .unwrap();
+        let model = load(&path, &Device::flex(), &LoadOptions { dtype, ..Default::default() }).unwrap();
         let seconds = start.elapsed().as_secs_f64();
         let (peak, after) = (status("VmHWM:") - before, status("VmRSS:").saturating_sub(before));
         let mb = |bytes: u64| bytes as f64 / 1e6;
@@ -82,10 +61,7 @@ fn loading_peaks_at_the_weights_and_one_shard() {
             mb(shard)
         );
         // Headers, names and threads take some megabytes of their own.
-        assert!(
-            peak < after + shard + (16 << 20),
-            "the peak is {peak} bytes for {after} of weights"
-        );
+        assert!(peak < after + shard + (16 << 20), "the peak is {peak} bytes for {after} of weights");
         assert!(after < 3 * stored, "{after} bytes in memory for {stored} stored");
         drop(model);
     }

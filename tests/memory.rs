@@ -11,15 +11,8 @@ use m1_tests::golden::Golden;
 /// Peak resident memory in bytes.
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux has /proc/self/status");
-    let line = status
-        .lines()
-        .find_map(|l| l.strip_prefix("VmHWM:"))
-        .expect("VmHWM is in it");
-    let kib: u64 = line
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .expect("a number of kB");
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM is in it");
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number of kB");
     kib * 1024
 }
 
@@ -27,12 +20,7 @@ fn peak() -> u64 {
 fn prefill_is_not_quadratic_in_memory() {
     let golden = Golden::open("long");
     let model: M1 = golden.model(&Device::flex());
-    let text = |n: usize| {
-        Batch::new(vec![
-            golden.tokens.iter().cycle().take(n).copied().collect(),
-        ])
-        .last()
-    };
+    let text = |n: usize| Batch::new(vec![golden.tokens.iter().cycle().take(n).copied().collect()]).last();
     model.forward(&text(300), None, &mut Trace::none());
     let before = peak();
     let tokens = 12_000;

@@ -68,13 +68,7 @@ fn token_by_token() {
 #[test]
 fn chunks() {
     let (golden, model) = hybrid();
-    for sizes in [
-        &[7][..],
-        &[256],
-        &[300],
-        &[1, 2, 64, 3, 255, 128, 5, 65],
-        &[257, 1, 63, 2],
-    ] {
+    for sizes in [&[7][..], &[256], &[300], &[1, 2, 64, 3, 255, 128, 5, 65], &[257, 1, 63, 2]] {
         paths::chunks(&model, &golden, 640, sizes);
     }
 }
@@ -118,31 +112,16 @@ fn long() {
     let model = golden.model(&Device::flex());
     let (n, first) = (golden.tokens.len(), golden.first_recorded());
     let tail: Vec<usize> = (first..n).collect();
-    let whole = logits(
-        &model,
-        Batch::new(vec![golden.tokens.clone()]).at(vec![tail]),
-        None,
-    );
+    let whole = logits(&model, Batch::new(vec![golden.tokens.clone()]).at(vec![tail]), None);
     let error = golden.check_logits(first, &whole, "whole");
-    eprintln!(
-        "long: largest logit error {error:.1e}, bound {:.1e}",
-        golden.bound
-    );
+    eprintln!("long: largest logit error {error:.1e}, bound {:.1e}", golden.bound);
     let mut cache = Cache::new(&golden.config, 1, &Device::flex());
     for part in golden.tokens[..first].chunks(1001) {
-        model.forward(
-            &Batch::new(vec![part.to_vec()]).none(),
-            Some(&mut cache),
-            &mut Trace::none(),
-        );
+        model.forward(&Batch::new(vec![part.to_vec()]).none(), Some(&mut cache), &mut Trace::none());
     }
     golden.check_logits(
         first,
-        &logits(
-            &model,
-            Batch::new(vec![golden.tokens[first..].to_vec()]),
-            Some(&mut cache),
-        ),
+        &logits(&model, Batch::new(vec![golden.tokens[first..].to_vec()]), Some(&mut cache)),
         "in chunks",
     );
     golden.check_cache(&cache, 0, "in chunks");
@@ -152,10 +131,8 @@ fn long() {
 /// repository, or wherever `M1_SHARED` says.
 #[test]
 fn minimax_own_code() {
-    let shared = std::env::var_os("M1_SHARED").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared"),
-        PathBuf::from,
-    );
+    let shared = std::env::var_os("M1_SHARED")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared"), PathBuf::from);
     let dir = shared.join("m1/golden");
     if !dir.join("golden.safetensors").exists() {
         eprintln!("SKIPPED: no {}", dir.display());
@@ -173,54 +150,25 @@ fn minimax_own_code() {
 
     // Its results are f32 themselves: each side may be one bound from the truth.
     let own = |name: &str, got: &Tensor<2>| {
-        check_logits(
-            &values(got),
-            &golden.recorded[name].values,
-            vocab,
-            2.0 * golden.bound,
-            name,
-        )
+        check_logits(&values(got), &golden.recorded[name].values, vocab, 2.0 * golden.bound, name)
     };
     let mut cache = Cache::new(&golden.config, 1, &device);
-    let prefill = own(
-        "prefill_logits",
-        &logits(
-            &model,
-            Batch::new(vec![golden.tokens[..600].to_vec()]),
-            Some(&mut cache),
-        ),
-    );
-    let steps: Vec<Tensor<2>> = golden.tokens[600..]
-        .iter()
-        .map(|&t| logits(&model, Batch::new(vec![vec![t]]), Some(&mut cache)))
-        .collect();
+    let prefill =
+        own("prefill_logits", &logits(&model, Batch::new(vec![golden.tokens[..600].to_vec()]), Some(&mut cache)));
+    let steps: Vec<Tensor<2>> =
+        golden.tokens[600..].iter().map(|&t| logits(&model, Batch::new(vec![vec![t]]), Some(&mut cache))).collect();
     let decode = own("decode_logits", &Tensor::cat(steps, 0));
-    let rows = vec![
-        golden.tokens[..70].to_vec(),
-        golden.tokens[100..150].to_vec(),
-    ];
-    let padded = own(
-        "leftpad_row1_logits",
-        &logits(&model, Batch::new(rows), None).narrow(0, 70, 50),
-    );
-    eprintln!(
-        "MiniMax's own code: prefill {prefill:.1e}, decode {decode:.1e}, padded row {padded:.1e}"
-    );
+    let rows = vec![golden.tokens[..70].to_vec(), golden.tokens[100..150].to_vec()];
+    let padded = own("leftpad_row1_logits", &logits(&model, Batch::new(rows), None).narrow(0, 70, 50));
+    eprintln!("MiniMax's own code: prefill {prefill:.1e}, decode {decode:.1e}, padded row {padded:.1e}");
 
     let mut cache = Cache::new(&golden.config, 1, &device);
     let mut trace = Trace::hidden();
-    model.forward(
-        &Batch::new(vec![golden.tokens[..40].to_vec()]),
-        Some(&mut cache),
-        &mut trace,
-    );
+    model.forward(&Batch::new(vec![golden.tokens[..40].to_vec()]), Some(&mut cache), &mut trace);
     golden.check_cache_names(&cache, 0, "first 40 tokens", ["state", "kcache", "vcache"]);
     assert_eq!(trace.hidden.len(), 9);
     for (i, hidden) in trace.hidden.iter().enumerate() {
-        let error = relative_l2(
-            &values(hidden),
-            &golden.recorded[&format!("hidden_{i}")].values,
-        );
+        let error = relative_l2(&values(hidden), &golden.recorded[&format!("hidden_{i}")].values);
         assert!(error <= 1e-4, "hidden_{i} is off by {error:.1e}");
     }
 }

@@ -65,22 +65,14 @@ fn chunks_equal_the_whole() {
         let rows: Vec<Vec<u32>> = (0..rng.random_range(1..=3))
             .map(|_| {
                 let n = rng.random_range(1..=longest);
-                (0..n)
-                    .map(|_| rng.random_range(0..config.vocab_size as u32))
-                    .collect()
+                (0..n).map(|_| rng.random_range(0..config.vocab_size as u32)).collect()
             })
             .collect();
 
         let mut trace = Trace::router();
         let whole: Vec<Vec<f64>> = rows
             .iter()
-            .map(|row| {
-                values(&model.logits(model.forward(
-                    &Batch::new(vec![row.clone()]),
-                    None,
-                    &mut trace,
-                )))
-            })
+            .map(|row| values(&model.logits(model.forward(&Batch::new(vec![row.clone()]), None, &mut trace))))
             .collect();
         // Where two experts are all but equal, rounding may choose either: that is no error.
         if narrowest_choice(&trace, &config) < 1e-5 {
@@ -92,20 +84,10 @@ fn chunks_equal_the_whole() {
         let mut got = vec![Vec::new(); rows.len()];
         let mut read = vec![0; rows.len()];
         while (0..rows.len()).any(|i| read[i] < rows[i].len()) {
-            let take: Vec<usize> = (0..rows.len())
-                .map(|i| {
-                    rng.random_range(0..=longest / 3)
-                        .min(rows[i].len() - read[i])
-                })
-                .collect();
-            let new = (0..rows.len())
-                .map(|i| rows[i][read[i]..read[i] + take[i]].to_vec())
-                .collect();
-            let logits = values(&model.logits(model.forward(
-                &Batch::new(new),
-                Some(&mut cache),
-                &mut Trace::none(),
-            )));
+            let take: Vec<usize> =
+                (0..rows.len()).map(|i| rng.random_range(0..=longest / 3).min(rows[i].len() - read[i])).collect();
+            let new = (0..rows.len()).map(|i| rows[i][read[i]..read[i] + take[i]].to_vec()).collect();
+            let logits = values(&model.logits(model.forward(&Batch::new(new), Some(&mut cache), &mut Trace::none())));
             let mut logits = logits.chunks(config.vocab_size);
             for (i, &n) in take.iter().enumerate() {
                 got[i].extend(logits.by_ref().take(n).flatten().copied());
@@ -114,20 +96,11 @@ fn chunks_equal_the_whole() {
         }
         for (i, (got, want)) in got.iter().zip(&whole).enumerate() {
             assert_eq!(got.len(), want.len(), "seed {seed}, row {i}");
-            let error =
-                largest(got.iter().zip(want).map(|(g, w)| g - w)) / largest(want.iter().copied());
-            assert!(
-                error <= 1e-4,
-                "seed {seed}, row {i}: off by {error:.1e}, relative; {config:?}"
-            );
+            let error = largest(got.iter().zip(want).map(|(g, w)| g - w)) / largest(want.iter().copied());
+            assert!(error <= 1e-4, "seed {seed}, row {i}: off by {error:.1e}, relative; {config:?}");
             worst = worst.max(error);
         }
     }
-    eprintln!(
-        "{compared} of {CONFIGS} random configurations compared, worst relative error {worst:.1e}"
-    );
-    assert!(
-        compared >= CONFIGS / 2,
-        "too few configurations were clear of ties: {compared}"
-    );
+    eprintln!("{compared} of {CONFIGS} random configurations compared, worst relative error {worst:.1e}");
+    assert!(compared >= CONFIGS / 2, "too few configurations were clear of ties: {compared}");
 }

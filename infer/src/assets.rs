@@ -23,9 +23,7 @@ pub struct LoadSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum AssetsError {
     /// No such directory.
-    #[error(
-        "{0}: no such directory (--model takes the directory of a checkpoint, with config.json in it)"
-    )]
+    #[error("{0}: no such directory (--model takes the directory of a checkpoint, with config.json in it)")]
     NotADirectory(String),
     /// The tokenizer.
     #[error(transparent)]
@@ -65,11 +63,7 @@ pub struct Assets {
 
 impl Assets {
     /// Loads the checkpoint in `dir` onto `device`. Text files are read first: a mistake there shows at once.
-    pub fn load(
-        dir: &Path,
-        device: &OpenDevice,
-        settings: &LoadSettings,
-    ) -> Result<Self, AssetsError> {
+    pub fn load(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<Self, AssetsError> {
         if !dir.is_dir() {
             return Err(AssetsError::NotADirectory(dir.display().to_string()));
         }
@@ -88,34 +82,18 @@ impl Assets {
         if end_ids.is_empty() {
             end_ids = config.eos_token_ids();
         }
-        Ok(Self {
-            engine,
-            tokenizer,
-            generation,
-            end_ids,
-        })
+        Ok(Self { engine, tokenizer, generation, end_ids })
     }
 
     /// A sampler that knows which ids exist.
     pub fn sampler(&self, options: SamplingOptions) -> Result<Sampler, SamplerError> {
-        Sampler::new(
-            options,
-            Some(self.tokenizer.known(self.engine.config().vocab_size)),
-        )
+        Sampler::new(options, Some(self.tokenizer.known(self.engine.config().vocab_size)))
     }
 }
 
 /// The model alone, with the dtype that suits the device.
-pub fn load_model(
-    dir: &Path,
-    device: &OpenDevice,
-    settings: &LoadSettings,
-) -> Result<m1_model::M1, CheckpointError> {
+pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
     let dtype = settings.dtype.or(device.is_cpu.then_some(WeightDtype::F32));
-    let options = checkpoint::LoadOptions {
-        dtype,
-        rotary_dim: settings.rotary_dim,
-        progress: true,
-    };
+    let options = checkpoint::LoadOptions { dtype, rotary_dim: settings.rotary_dim, progress: true };
     checkpoint::load(dir, &device.device, &options)
 }

@@ -62,26 +62,11 @@ pub struct Stats {
 impl std::fmt::Display for Stats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let rate = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
-        write!(
-            f,
-            "prompt {} tokens ({} cached, {} read",
-            self.cached + self.computed,
-            self.cached,
-            self.computed
-        )?;
+        write!(f, "prompt {} tokens ({} cached, {} read", self.cached + self.computed, self.cached, self.computed)?;
         if self.computed > 0 {
-            write!(
-                f,
-                " at {:.0} tokens/s",
-                rate(self.computed, self.first_token)
-            )?;
+            write!(f, " at {:.0} tokens/s", rate(self.computed, self.first_token))?;
         }
-        write!(
-            f,
-            "), first token after {:.3} s, reply {} tokens",
-            self.first_token.as_secs_f64(),
-            self.made
-        )?;
+        write!(f, "), first token after {:.3} s, reply {} tokens", self.first_token.as_secs_f64(), self.made)?;
         // The first token comes with the prefill: n tokens are n - 1 steps.
         if self.made > 1 {
             write!(f, " at {:.1} tokens/s", rate(self.made - 1, self.decode))?;
@@ -140,13 +125,9 @@ impl<'a> Chat<'a> {
     /// tokenized anew.
     pub fn set_messages(&mut self, mut messages: Vec<Message>) {
         for message in &mut messages {
-            let (tokenizer, vocab) = (
-                &self.assets.tokenizer,
-                self.assets.engine.config().vocab_size,
-            );
+            let (tokenizer, vocab) = (&self.assets.tokenizer, self.assets.engine.config().vocab_size);
             let ours = |ids: &Vec<u32>| {
-                ids.iter().all(|&id| (id as usize) < vocab)
-                    && tokenizer.decode(ids) == message.content
+                ids.iter().all(|&id| (id as usize) < vocab) && tokenizer.decode(ids) == message.content
             };
             message.ids = message.ids.take().filter(ours);
         }
@@ -187,14 +168,8 @@ impl<'a> Chat<'a> {
         show: &mut dyn FnMut(&str) -> std::io::Result<()>,
     ) -> Result<Turn, ChatError> {
         let start = Instant::now();
-        self.messages.push(Message {
-            role: "user".into(),
-            content: text.into(),
-            ids: None,
-        });
-        let read = self
-            .prompt()
-            .and_then(|ids| Ok(self.session.read(&ids, &mut |_, _| go_on())?));
+        self.messages.push(Message { role: "user".into(), content: text.into(), ids: None });
+        let read = self.prompt().and_then(|ids| Ok(self.session.read(&ids, &mut |_, _| go_on())?));
         let prefill = match read {
             Ok(prefill) => prefill,
             Err(error) => {
@@ -212,42 +187,23 @@ impl<'a> Chat<'a> {
         let mut stream = TextStream::new(&self.assets.tokenizer);
         let mut failed = None;
         let mut first_token = None;
-        let finish = self.session.generate(
-            &mut self.sampler,
-            &self.assets.end_ids,
-            self.max_new,
-            &mut |drawn| {
-                first_token.get_or_insert_with(|| start.elapsed());
-                ids.push(drawn.id);
-                let piece = stream.push(drawn.id);
-                reply.push_str(&piece);
-                failed = if piece.is_empty() {
-                    None
-                } else {
-                    show(&piece).err()
-                };
-                failed.is_none() && go_on()
-            },
-        );
+        let finish = self.session.generate(&mut self.sampler, &self.assets.end_ids, self.max_new, &mut |drawn| {
+            first_token.get_or_insert_with(|| start.elapsed());
+            ids.push(drawn.id);
+            let piece = stream.push(drawn.id);
+            reply.push_str(&piece);
+            failed = if piece.is_empty() { None } else { show(&piece).err() };
+            failed.is_none() && go_on()
+        });
         let rest = stream.finish();
         reply.push_str(&rest);
         let made = ids.len() - given_ids;
         let first_token = first_token.unwrap_or_else(|| start.elapsed());
         let decode = start.elapsed().saturating_sub(first_token);
-        let stats = Stats {
-            cached: prefill.cached,
-            computed: prefill.computed,
-            made,
-            first_token,
-            decode,
-        };
+        let stats = Stats { cached: prefill.cached, computed: prefill.computed, made, first_token, decode };
         // Said is said: whatever ended the reply, it stays in the conversation.
         let said = reply[given..].to_string();
-        self.messages.push(Message {
-            role: "assistant".into(),
-            content: reply,
-            ids: Some(ids),
-        });
+        self.messages.push(Message { role: "assistant".into(), content: reply, ids: Some(ids) });
         let finish = match finish {
             Ok(finish) => finish,
             Err(error) => {
@@ -261,36 +217,21 @@ impl<'a> Chat<'a> {
         if !rest.is_empty() {
             show(&rest)?;
         }
-        Ok(Turn {
-            text: said,
-            finish,
-            stats,
-        })
+        Ok(Turn { text: said, finish, stats })
     }
 
     /// The ids of the conversation up to where the model's turn begins.
     fn prompt(&self) -> Result<Vec<u32>, ChatError> {
-        let system = self
-            .system
-            .iter()
-            .map(|text| json!({"role": "system", "content": text}));
+        let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
         let plain = |m: &Message| json!({"role": m.role, "content": m.content});
-        let messages: Vec<Value> = system
-            .clone()
-            .chain(self.messages.iter().map(plain))
-            .collect();
+        let messages: Vec<Value> = system.clone().chain(self.messages.iter().map(plain)).collect();
         let rendered = self.template.render(&messages, &[], true, false)?;
 
         // Render again with a marker in place of each reply, to find where the replies' own ids belong. A template that
         // does something to the replies (leaves old thinking out, say) shows in the comparison: then its text counts.
         let marker = |i: usize| format!("\u{e000}reply {i}\u{e001}");
-        let replies: Vec<(String, &Message)> = self
-            .messages
-            .iter()
-            .filter(|m| m.ids.is_some())
-            .enumerate()
-            .map(|(i, m)| (marker(i), m))
-            .collect();
+        let replies: Vec<(String, &Message)> =
+            self.messages.iter().filter(|m| m.ids.is_some()).enumerate().map(|(i, m)| (marker(i), m)).collect();
         let mut next = 0;
         let marked = self.messages.iter().map(|m| match &m.ids {
             Some(_) => {
@@ -335,13 +276,8 @@ mod tests {
     use crate::generation_config::GenerationConfig;
     use crate::tokenizer::tests::byte_level;
 
-    const TOKENS: [&str; 5] = [
-        "<begin_of_document>",
-        "<beginning_of_sentence>",
-        "<end_of_sentence>",
-        "<think>",
-        "</think>",
-    ];
+    const TOKENS: [&str; 5] =
+        ["<begin_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>"];
 
     /// The directory goes with it: the template is read when a chat begins.
     fn assets(template: &str) -> (tempfile::TempDir, Assets) {
@@ -350,30 +286,15 @@ mod tests {
         let tokenizer = byte_level(dir.path(), &TOKENS);
         let generation = GenerationConfig::default();
         let (engine, end_ids) = (tiny(272, 400), vec![258]);
-        (
-            dir,
-            Assets {
-                engine,
-                tokenizer,
-                generation,
-                end_ids,
-            },
-        )
+        (dir, Assets { engine, tokenizer, generation, end_ids })
     }
 
     fn message(role: &str, content: &str, ids: Option<Vec<u32>>) -> Message {
-        Message {
-            role: role.into(),
-            content: content.into(),
-            ids,
-        }
+        Message { role: role.into(), content: content.into(), ids }
     }
 
     fn chat(assets: &Assets) -> Chat<'_> {
-        let options = SamplingOptions {
-            seed: Some(1),
-            ..SamplingOptions::default()
-        };
+        let options = SamplingOptions { seed: Some(1), ..SamplingOptions::default() };
         Chat::new(assets, options).unwrap()
     }
 
@@ -383,10 +304,7 @@ mod tests {
         let mut chat = chat(&assets);
         // A hidden token in the middle: the text alone would not bring it back.
         let ids = vec![104, 257, 105];
-        let past = [
-            message("user", "q", None),
-            message("assistant", "hi", Some(ids.clone())),
-        ];
+        let past = [message("user", "q", None), message("assistant", "hi", Some(ids.clone()))];
         chat.set_messages([&past[..], &[message("user", "hi", None)]].concat());
         let prompt = chat.prompt().unwrap();
         let encode = |text: &str| assets.tokenizer.encode(text, false).unwrap();
@@ -408,14 +326,10 @@ mod tests {
 
     #[test]
     fn a_template_that_alters_replies_is_obeyed() {
-        let (_dir, assets) =
-            assets("{% for m in messages %}{{ m['content'] | replace('i', 'o') }}|{% endfor %}");
+        let (_dir, assets) = assets("{% for m in messages %}{{ m['content'] | replace('i', 'o') }}|{% endfor %}");
         let mut chat = chat(&assets);
         chat.set_messages(vec![message("assistant", "hi", Some(vec![104, 257, 105]))]);
-        assert_eq!(
-            chat.prompt().unwrap(),
-            assets.tokenizer.encode("ho|", false).unwrap()
-        );
+        assert_eq!(chat.prompt().unwrap(), assets.tokenizer.encode("ho|", false).unwrap());
     }
 
     #[test]
@@ -423,17 +337,11 @@ mod tests {
         let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
         let mut chat = chat(&assets);
         let stop = chat.say("a", &|| false, &mut |_| Ok(()));
-        assert!(matches!(
-            stop,
-            Err(ChatError::Engine(EngineError::Interrupted))
-        ));
+        assert!(matches!(stop, Err(ChatError::Engine(EngineError::Interrupted))));
         assert_eq!(chat.messages(), []);
         let long = "x".repeat(400);
         let error = chat.say(&long, &|| true, &mut |_| Ok(())).unwrap_err();
-        assert!(matches!(
-            error,
-            ChatError::Engine(EngineError::Context { context: 400, .. })
-        ));
+        assert!(matches!(error, ChatError::Engine(EngineError::Context { context: 400, .. })));
         assert_eq!(chat.messages(), []);
         chat.max_new = Some(30);
         let mut shown = String::new();
@@ -448,9 +356,7 @@ mod tests {
         let ids = chat.messages()[1].ids.clone().unwrap();
         assert_eq!(ids.len(), turn.stats.made);
         // Whoever listens goes away: that is told, and what was said stays.
-        let gone = chat.say("b", &|| true, &mut |_| {
-            Err(std::io::ErrorKind::BrokenPipe.into())
-        });
+        let gone = chat.say("b", &|| true, &mut |_| Err(std::io::ErrorKind::BrokenPipe.into()));
         assert!(matches!(gone, Err(ChatError::Output(_))));
         assert_eq!(chat.messages().len(), 4);
     }
@@ -462,9 +368,6 @@ mod tests {
         (chat.thinking, chat.max_new) = (false, Some(4));
         let turn = chat.say("a", &|| true, &mut |_| Ok(())).unwrap();
         assert!(turn.stats.made <= 4 && !turn.text.contains("<think>"));
-        assert_eq!(
-            chat.messages()[1].content,
-            format!("{NO_THINKING}{}", turn.text)
-        );
+        assert_eq!(chat.messages()[1].content, format!("{NO_THINKING}{}", turn.text));
     }
 }

@@ -58,10 +58,7 @@ impl Engine {
     /// An engine whose sequences hold at most `context` tokens (`None`: the model's `max_position_embeddings`).
     pub fn new(model: M1, context: Option<usize>) -> Self {
         let limit = model.config().max_position_embeddings;
-        Self {
-            context: context.unwrap_or(limit),
-            model,
-        }
+        Self { context: context.unwrap_or(limit), model }
     }
 
     /// The model.
@@ -87,12 +84,7 @@ impl Engine {
     /// An empty sequence.
     pub fn session(&self) -> Session<'_> {
         let cache = Cache::new(self.config(), 1, &self.device());
-        Session {
-            engine: self,
-            cache,
-            logits: Vec::new(),
-            kept: Vec::new(),
-        }
+        Session { engine: self, cache, logits: Vec::new(), kept: Vec::new() }
     }
 }
 
@@ -158,27 +150,16 @@ impl Session<'_> {
 
     /// Makes the cache hold exactly `ids` and the logits those of what follows, reading only what is new. Between
     /// chunks `go_on(read, to_read)` may stop it: the cache then holds a beginning of `ids`, to be continued later.
-    pub fn read(
-        &mut self,
-        ids: &[u32],
-        go_on: &mut dyn FnMut(usize, usize) -> bool,
-    ) -> Result<Prefill, EngineError> {
+    pub fn read(&mut self, ids: &[u32], go_on: &mut dyn FnMut(usize, usize) -> bool) -> Result<Prefill, EngineError> {
         let (vocab, context) = (self.engine.config().vocab_size, self.engine.context);
         if ids.is_empty() {
             return Err(EngineError::Empty);
         }
         if let Some(position) = ids.iter().position(|&id| id as usize >= vocab) {
-            return Err(EngineError::UnknownId {
-                position,
-                id: ids[position],
-                vocab,
-            });
+            return Err(EngineError::UnknownId { position, id: ids[position], vocab });
         }
         if ids.len() >= context {
-            return Err(EngineError::Context {
-                tokens: ids.len(),
-                context,
-            });
+            return Err(EngineError::Context { tokens: ids.len(), context });
         }
         let cached = self.rewind(ids);
         let new = &ids[cached..];
@@ -191,10 +172,7 @@ impl Session<'_> {
             self.forward(chunk, read == new.len())?;
         }
         self.keep();
-        Ok(Prefill {
-            cached,
-            computed: new.len(),
-        })
+        Ok(Prefill { cached, computed: new.len() })
     }
 
     /// Draws ids until the model ends its turn, `max_new` are made, the context is full or `on_id` returns false.
@@ -234,11 +212,7 @@ impl Session<'_> {
     /// Runs `ids` through the model, onto the cache.
     fn forward(&mut self, ids: &[u32], want_logits: bool) -> Result<(), EngineError> {
         let batch = Batch::new(vec![ids.to_vec()]);
-        let batch = if want_logits {
-            batch.last()
-        } else {
-            batch.none()
-        };
+        let batch = if want_logits { batch.last() } else { batch.none() };
         let model = &self.engine.model;
         self.logits.clear();
         let hidden = model.forward(&batch, Some(&mut self.cache), &mut Trace::none());
@@ -252,12 +226,8 @@ impl Session<'_> {
     fn rewind(&mut self, ids: &[u32]) -> usize {
         let here = self.tokens().len();
         // At the very end of `ids` a state is of use only with its logits.
-        let usable =
-            ids.starts_with(self.tokens()) && (here < ids.len() || !self.logits.is_empty());
-        let best = self
-            .kept
-            .iter()
-            .filter(|k| ids.starts_with(k.snapshot.tokens()));
+        let usable = ids.starts_with(self.tokens()) && (here < ids.len() || !self.logits.is_empty());
+        let best = self.kept.iter().filter(|k| ids.starts_with(k.snapshot.tokens()));
         match best.max_by_key(|k| k.snapshot.tokens().len()) {
             Some(kept) if !usable || kept.snapshot.tokens().len() > here => {
                 self.cache.restore(0, &kept.snapshot);
@@ -278,20 +248,13 @@ impl Session<'_> {
         if self.kept.len() >= SNAPSHOTS {
             self.kept.remove(0);
         }
-        self.kept.push(Kept {
-            snapshot: self.cache.snapshot(0),
-            logits: self.logits.clone(),
-        });
+        self.kept.push(Kept { snapshot: self.cache.snapshot(0), logits: self.logits.clone() });
     }
 }
 
 /// A tensor's values, as f32, on the host.
 pub(crate) fn to_host(tensor: Tensor<2>) -> Result<Vec<f32>, EngineError> {
-    tensor
-        .into_data()
-        .convert::<f32>()
-        .try_into_vec::<f32>()
-        .map_err(|e| EngineError::Device(format!("{e:?}")))
+    tensor.into_data().convert::<f32>().try_into_vec::<f32>().map_err(|e| EngineError::Device(format!("{e:?}")))
 }
 
 #[cfg(test)]
@@ -315,18 +278,12 @@ pub(crate) mod tests {
     }
 
     fn prompt(n: u32, salt: u32) -> Vec<u32> {
-        (0..n)
-            .map(|i| (i * 17 + salt * 5 + i * i % 7) % 96)
-            .collect()
+        (0..n).map(|i| (i * 17 + salt * 5 + i * i % 7) % 96).collect()
     }
 
     fn close(a: &[f32], b: &[f32]) {
         assert_eq!(a.len(), b.len());
-        let worst = a
-            .iter()
-            .zip(b)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
+        let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst < 2e-4, "logits differ by {worst}");
     }
 
@@ -342,59 +299,23 @@ pub(crate) mod tests {
         let mut session = engine.session();
         let mut go = |_: usize, _: usize| true;
         let (a, b) = (prompt(40, 1), prompt(30, 2));
-        assert_eq!(
-            session.read(&a, &mut go),
-            Ok(Prefill {
-                cached: 0,
-                computed: 40
-            })
-        );
+        assert_eq!(session.read(&a, &mut go), Ok(Prefill { cached: 0, computed: 40 }));
         let ab = [a.clone(), b.clone()].concat();
-        assert_eq!(
-            session.read(&ab, &mut go),
-            Ok(Prefill {
-                cached: 40,
-                computed: 30
-            })
-        );
+        assert_eq!(session.read(&ab, &mut go), Ok(Prefill { cached: 40, computed: 30 }));
         close(session.logits(), &fresh(&engine, &ab));
         // The same again: nothing to do, same logits.
-        assert_eq!(
-            session.read(&ab, &mut go),
-            Ok(Prefill {
-                cached: 70,
-                computed: 0
-            })
-        );
+        assert_eq!(session.read(&ab, &mut go), Ok(Prefill { cached: 70, computed: 0 }));
         close(session.logits(), &fresh(&engine, &ab));
         // Another continuation of `a`: back to the snapshot at its end.
         let ac = [a.clone(), prompt(9, 3)].concat();
-        assert_eq!(
-            session.read(&ac, &mut go),
-            Ok(Prefill {
-                cached: 40,
-                computed: 9
-            })
-        );
+        assert_eq!(session.read(&ac, &mut go), Ok(Prefill { cached: 40, computed: 9 }));
         close(session.logits(), &fresh(&engine, &ac));
         // `a` itself, shorter than the cache: its logits were kept.
-        assert_eq!(
-            session.read(&a, &mut go),
-            Ok(Prefill {
-                cached: 40,
-                computed: 0
-            })
-        );
+        assert_eq!(session.read(&a, &mut go), Ok(Prefill { cached: 40, computed: 0 }));
         close(session.logits(), &fresh(&engine, &a));
         // A text that agrees for 39 tokens only: no snapshot is right, so everything is read again.
         let d = [&a[..39], &[7, 8]].concat();
-        assert_eq!(
-            session.read(&d, &mut go),
-            Ok(Prefill {
-                cached: 0,
-                computed: 41
-            })
-        );
+        assert_eq!(session.read(&d, &mut go), Ok(Prefill { cached: 0, computed: 41 }));
         close(session.logits(), &fresh(&engine, &d));
         // `ab` is still kept.
         assert_eq!(session.read(&ab, &mut go).unwrap().computed, 0);
@@ -406,10 +327,7 @@ pub(crate) mod tests {
         let mut session = engine.session();
         let mut text = prompt(20, 4);
         session.read(&text, &mut |_, _| true).unwrap();
-        let greedy = SamplingOptions {
-            temperature: 0.0,
-            ..SamplingOptions::default()
-        };
+        let greedy = SamplingOptions { temperature: 0.0, ..SamplingOptions::default() };
         let mut sampler = Sampler::new(greedy, None).unwrap();
         let mut reply = Vec::new();
         let finish = session.generate(&mut sampler, &[], Some(12), &mut |s| {
@@ -420,13 +338,7 @@ pub(crate) mod tests {
         text.extend(&reply);
         text.extend(prompt(5, 5));
         // 20 of the prompt and 11 of the reply are there; the reply's last id was never read.
-        assert_eq!(
-            session.read(&text, &mut |_, _| true),
-            Ok(Prefill {
-                cached: 31,
-                computed: 6
-            })
-        );
+        assert_eq!(session.read(&text, &mut |_, _| true), Ok(Prefill { cached: 31, computed: 6 }));
         close(session.logits(), &fresh(&engine, &text));
     }
 
@@ -441,13 +353,7 @@ pub(crate) mod tests {
             calls < 3
         });
         assert_eq!(stopped, Err(EngineError::Interrupted));
-        assert_eq!(
-            session.read(&ids, &mut |_, _| true),
-            Ok(Prefill {
-                cached: 1024,
-                computed: 176
-            })
-        );
+        assert_eq!(session.read(&ids, &mut |_, _| true), Ok(Prefill { cached: 1024, computed: 176 }));
         close(session.logits(), &fresh(&engine, &ids));
     }
 
@@ -456,56 +362,24 @@ pub(crate) mod tests {
         let engine = tiny(96, 24);
         let mut session = engine.session();
         let mut go = |_: usize, _: usize| true;
-        let mut sampler = Sampler::new(
-            SamplingOptions {
-                seed: Some(1),
-                ..SamplingOptions::default()
-            },
-            None,
-        )
-        .unwrap();
+        let mut sampler = Sampler::new(SamplingOptions { seed: Some(1), ..SamplingOptions::default() }, None).unwrap();
         assert_eq!(session.read(&[], &mut go), Err(EngineError::Empty));
-        assert_eq!(
-            session.generate(&mut sampler, &[], None, &mut |_| true),
-            Err(EngineError::Empty)
-        );
-        assert_eq!(
-            session.read(&[1, 96], &mut go),
-            Err(EngineError::UnknownId {
-                position: 1,
-                id: 96,
-                vocab: 96
-            })
-        );
-        assert_eq!(
-            session.read(&prompt(24, 1), &mut go),
-            Err(EngineError::Context {
-                tokens: 24,
-                context: 24
-            })
-        );
+        assert_eq!(session.generate(&mut sampler, &[], None, &mut |_| true), Err(EngineError::Empty));
+        assert_eq!(session.read(&[1, 96], &mut go), Err(EngineError::UnknownId { position: 1, id: 96, vocab: 96 }));
+        assert_eq!(session.read(&prompt(24, 1), &mut go), Err(EngineError::Context { tokens: 24, context: 24 }));
         session.read(&prompt(20, 1), &mut go).unwrap();
         let sum: f32 = session.log_probs().iter().map(|l| l.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-4);
         let mut made = 0;
         let all: Vec<u32> = (0..96).collect();
-        assert!(matches!(
-            session.generate(&mut sampler, &all, None, &mut |_| true),
-            Ok(Finish::End(_))
-        ));
+        assert!(matches!(session.generate(&mut sampler, &all, None, &mut |_| true), Ok(Finish::End(_))));
         let finish = session.generate(&mut sampler, &[], None, &mut |_| {
             made += 1;
             true
         });
         assert_eq!((finish, made), (Ok(Finish::Context), 4));
         session.read(&prompt(10, 1), &mut go).unwrap();
-        assert_eq!(
-            session.generate(&mut sampler, &[], Some(5), &mut |_| false),
-            Ok(Finish::Stopped)
-        );
-        assert_eq!(
-            session.generate(&mut sampler, &[], Some(0), &mut |_| true),
-            Ok(Finish::Length)
-        );
+        assert_eq!(session.generate(&mut sampler, &[], Some(5), &mut |_| false), Ok(Finish::Stopped));
+        assert_eq!(session.generate(&mut sampler, &[], Some(0), &mut |_| true), Ok(Finish::Length));
     }
 }

@@ -12,10 +12,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// A temporary file beside `path`, which [`finish`] puts in its place.
 pub fn create(path: &Path) -> Result<tempfile::NamedTempFile> {
-    let dir = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     tempfile::NamedTempFile::new_in(dir)
 }
 
@@ -25,8 +22,7 @@ pub fn finish(file: tempfile::NamedTempFile, path: &Path) -> Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
     }
     file.persist(path)?;
     Ok(())

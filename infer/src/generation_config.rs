@@ -82,12 +82,7 @@ impl GenerationConfig {
             Some(value) if ok(&value) => Ok(Some(value)),
             Some(value) => {
                 let (path, value) = (path.clone(), value.to_string());
-                Err(GenerationConfigError::Key {
-                    path,
-                    key,
-                    value,
-                    expected,
-                })
+                Err(GenerationConfigError::Key { path, key, value, expected })
             }
         };
         let mut float = |key| -> Result<Option<f32>, GenerationConfigError> {
@@ -115,10 +110,7 @@ impl GenerationConfig {
             eos_token_id: eos_token_id.as_ref().and_then(ids).unwrap_or_default(),
             extra: map,
         };
-        config
-            .sampling()
-            .validate()
-            .map_err(|source| GenerationConfigError::Range { path, source })?;
+        config.sampling().validate().map_err(|source| GenerationConfigError::Range { path, source })?;
         Ok(Some(config))
     }
 
@@ -126,8 +118,7 @@ impl GenerationConfig {
     pub fn write(&self, dir: &Path) -> Result<(), GenerationConfigError> {
         let path = dir.join(FILE);
         let text = format!("{:#}\n", self.to_json());
-        crate::files::write(&path, text.as_bytes())
-            .map_err(|source| GenerationConfigError::Write { path, source })
+        crate::files::write(&path, text.as_bytes()).map_err(|source| GenerationConfigError::Write { path, source })
     }
 
     fn to_json(&self) -> Value {
@@ -148,10 +139,8 @@ impl GenerationConfig {
             ("max_new_tokens", self.max_new_tokens.map(Value::from)),
             ("eos_token_id", eos),
         ];
-        let mut map: Map<String, Value> = known
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_string(), value?)))
-            .collect();
+        let mut map: Map<String, Value> =
+            known.into_iter().filter_map(|(key, value)| Some((key.to_string(), value?))).collect();
         map.extend(self.extra.clone());
         Value::Object(map)
     }
@@ -168,9 +157,7 @@ impl GenerationConfig {
             top_k: self.top_k.unwrap_or(default.top_k),
             top_p: self.top_p.unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self
-                .repetition_penalty
-                .unwrap_or(default.repetition_penalty),
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
             seed: None,
         }
     }
@@ -178,11 +165,7 @@ impl GenerationConfig {
     /// The ids that end a turn: `eos_token_id`, else the id of the tokenizer's `eos_token`, else none.
     pub fn end_ids(&self, tokenizer: &Tokenizer) -> Vec<u32> {
         if self.eos_token_id.is_empty() {
-            tokenizer
-                .named_token("eos_token")
-                .and_then(|token| tokenizer.id(token))
-                .into_iter()
-                .collect()
+            tokenizer.named_token("eos_token").and_then(|token| tokenizer.id(token)).into_iter().collect()
         } else {
             self.eos_token_id.clone()
         }
@@ -218,10 +201,7 @@ mod tests {
             top_p: Some(0.95),
             max_new_tokens: Some(80),
             eos_token_id: vec![3, 7],
-            extra: json!({"transformers_version": "4.45.2"})
-                .as_object()
-                .unwrap()
-                .clone(),
+            extra: json!({"transformers_version": "4.45.2"}).as_object().unwrap().clone(),
             ..GenerationConfig::default()
         };
         config.write(dir.path()).unwrap();
@@ -233,55 +213,26 @@ mod tests {
 
     #[test]
     fn end_ids_are_one_or_several_and_fall_back_to_the_tokenizer() {
-        assert_eq!(
-            read(r#"{"eos_token_id": 5}"#)
-                .unwrap()
-                .unwrap()
-                .eos_token_id,
-            [5]
-        );
-        assert_eq!(
-            read(r#"{"eos_token_id": [5, 6]}"#)
-                .unwrap()
-                .unwrap()
-                .eos_token_id,
-            [5, 6]
-        );
+        assert_eq!(read(r#"{"eos_token_id": 5}"#).unwrap().unwrap().eos_token_id, [5]);
+        assert_eq!(read(r#"{"eos_token_id": [5, 6]}"#).unwrap().unwrap().eos_token_id, [5, 6]);
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(
-            dir.path().join("tokenizer_config.json"),
-            r#"{"eos_token": "<end_of_sentence>"}"#,
-        )
-        .unwrap();
-        let tokenizer =
-            crate::tokenizer::tests::byte_level(dir.path(), &["<end_of_sentence>", "x"]);
+        std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "<end_of_sentence>"}"#).unwrap();
+        let tokenizer = crate::tokenizer::tests::byte_level(dir.path(), &["<end_of_sentence>", "x"]);
         assert_eq!(GenerationConfig::default().end_ids(&tokenizer), [256]);
     }
 
     #[test]
     fn silence_means_m1s_own_settings_and_do_sample_false_means_greedy() {
-        assert_eq!(
-            GenerationConfig::default().sampling(),
-            SamplingOptions::default()
-        );
-        let greedy = read(r#"{"do_sample": false, "temperature": 0.7, "top_k": 20}"#)
-            .unwrap()
-            .unwrap()
-            .sampling();
+        assert_eq!(GenerationConfig::default().sampling(), SamplingOptions::default());
+        let greedy = read(r#"{"do_sample": false, "temperature": 0.7, "top_k": 20}"#).unwrap().unwrap().sampling();
         assert_eq!((greedy.temperature, greedy.top_k), (0.0, 20));
     }
 
     #[test]
     fn wrong_values_name_file_and_key() {
         for (text, wanted) in [
-            (
-                r#"{"temperature": "hot"}"#,
-                "temperature is \"hot\", and must be a number",
-            ),
-            (
-                r#"{"eos_token_id": [1, -2]}"#,
-                "eos_token_id is [1,-2], and must be a token id",
-            ),
+            (r#"{"temperature": "hot"}"#, "temperature is \"hot\", and must be a number"),
+            (r#"{"eos_token_id": [1, -2]}"#, "eos_token_id is [1,-2], and must be a token id"),
             (r#"{"top_p": 2}"#, "top_p is 2, and must be above 0"),
             ("[]", "a JSON object was expected"),
             ("{", "not JSON"),

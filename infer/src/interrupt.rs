@@ -22,10 +22,7 @@ impl Busy {
         HANDLER.call_once(|| {
             // Where no handler can be set Ctrl-C ends the program, as it always did.
             let _ = ctrlc::set_handler(|| {
-                if STATE
-                    .compare_exchange(BUSY, STOP, Ordering::SeqCst, Ordering::SeqCst)
-                    .is_err()
-                {
+                if STATE.compare_exchange(BUSY, STOP, Ordering::SeqCst, Ordering::SeqCst).is_err() {
                     std::process::exit(EXIT_STATUS);
                 }
             });

@@ -29,9 +29,7 @@ impl Look {
 /// Whether standard output is a terminal that wants ANSI codes (<https://no-color.org>).
 pub fn colours() -> bool {
     let set = |name| std::env::var_os(name).is_some_and(|v| !v.is_empty());
-    std::io::stdout().is_terminal()
-        && !set("NO_COLOR")
-        && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
+    std::io::stdout().is_terminal() && !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
 }
 
 /// Writes one reply.
@@ -50,14 +48,7 @@ pub struct Renderer<W: Write> {
 impl<W: Write> Renderer<W> {
     /// For one reply, written to `out`.
     pub fn new(out: W, look: Look) -> Self {
-        Self {
-            out,
-            look,
-            splitter: ThinkSplitter::default(),
-            thought: false,
-            fresh: true,
-            held: 0,
-        }
+        Self { out, look, splitter: ThinkSplitter::default(), thought: false, fresh: true, held: 0 }
     }
 
     /// Takes the next text of the reply.
@@ -94,26 +85,13 @@ impl<W: Write> Renderer<W> {
             self.fresh = true;
         }
         // A terminal obeys control characters: none of the model's may reach it.
-        let obeyed =
-            |c: char| self.look == Look::Dim && c.is_control() && !matches!(c, '\n' | '\t');
+        let obeyed = |c: char| self.look == Look::Dim && c.is_control() && !matches!(c, '\n' | '\t');
         let text = text.replace(obeyed, "\u{fffd}");
-        let text = if self.fresh {
-            text.trim_start_matches('\n')
-        } else {
-            text.as_str()
-        };
+        let text = if self.fresh { text.trim_start_matches('\n') } else { text.as_str() };
         let body = text.trim_end_matches('\n');
         if !body.is_empty() {
-            let (on, off) = if thinking {
-                ("\x1b[2m", "\x1b[0m")
-            } else {
-                ("", "")
-            };
-            write!(
-                self.out,
-                "{}{on}{body}{off}",
-                "\n".repeat(std::mem::take(&mut self.held))
-            )?;
+            let (on, off) = if thinking { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
+            write!(self.out, "{}{on}{body}{off}", "\n".repeat(std::mem::take(&mut self.held)))?;
             self.fresh = false;
         }
         if !self.fresh {
@@ -140,10 +118,7 @@ mod tests {
                 }
                 renderer.finish().unwrap();
                 // Where the pieces were cut does not show.
-                String::from_utf8(out)
-                    .unwrap()
-                    .replace("\x1b[0m\x1b[2m", "")
-                    .replace("\x1b[0m\n\x1b[2m", "\n")
+                String::from_utf8(out).unwrap().replace("\x1b[0m\x1b[2m", "").replace("\x1b[0m\n\x1b[2m", "\n")
             })
             .collect()
     }
@@ -159,11 +134,7 @@ mod tests {
         let reply = "<think>\na\nb\n</think>\n\n\nc\n\nd\n";
         always(Look::Dim, reply, "\x1b[2ma\nb\x1b[0m\n\nc\n\nd\n");
         always(Look::AnswerOnly, reply, "c\n\nd\n");
-        always(
-            Look::Plain,
-            reply,
-            "<think>\na\nb\n</think>\n\n\nc\n\nd\n\n",
-        );
+        always(Look::Plain, reply, "<think>\na\nb\n</think>\n\n\nc\n\nd\n\n");
     }
 
     #[test]

@@ -59,10 +59,7 @@ pub fn one_shot(chat: &mut Chat, prompt: &str, options: &ReplOptions) -> Result<
 
 /// Talks until `/exit` or the end of the input.
 pub fn run(chat: &mut Chat, options: ReplOptions) -> Result<(), ReplError> {
-    let mut repl = Repl {
-        options,
-        last: None,
-    };
+    let mut repl = Repl { options, last: None };
     let mut input = Input::open()?;
     if input.is_terminal() {
         note!("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves");
@@ -129,9 +126,7 @@ impl Repl {
             }
             Err(error @ ReplError::Chat(ChatError::Output(_))) => return Err(error),
             Err(ReplError::Chat(ChatError::Engine(error @ EngineError::Context { .. }))) => {
-                note!(
-                    "{error}; the conversation is kept as it was: /clear starts over, --context raises the limit"
-                );
+                note!("{error}; the conversation is kept as it was: /clear starts over, --context raises the limit");
             }
             Err(ReplError::Chat(error)) => note!("{error}"),
             Err(error) => return Err(error),
@@ -155,10 +150,7 @@ impl Repl {
                     "off" => chat.system = None,
                     text => chat.system = Some(text.to_string()),
                 }
-                note!(
-                    "system prompt: {}",
-                    chat.system.as_deref().unwrap_or("none")
-                );
+                note!("system prompt: {}", chat.system.as_deref().unwrap_or("none"));
             }
             "think" => {
                 match argument {
@@ -171,10 +163,7 @@ impl Repl {
                 }
                 let word = |yes, a, b| if yes { a } else { b };
                 let shown = word(self.options.hide_thinking, "hidden", "shown");
-                note!(
-                    "thinking is {} and {shown}",
-                    word(chat.thinking, "on", "off")
-                );
+                note!("thinking is {} and {shown}", word(chat.thinking, "on", "off"));
             }
             "stats" => match argument {
                 "on" | "off" => self.options.stats = argument == "on",
@@ -207,10 +196,7 @@ impl Repl {
         }
         let (tokens, bytes) = chat.cache();
         let mib = bytes as f64 / (1024.0 * 1024.0);
-        note!(
-            "context: {tokens} of {} tokens, cache {mib:.1} MiB",
-            chat.assets().engine.context()
-        );
+        note!("context: {tokens} of {} tokens, cache {mib:.1} MiB", chat.assets().engine.context());
     }
 
     /// The commands that show or change a sampling setting.
@@ -244,11 +230,7 @@ impl Repl {
 
 /// Sets the setting `name` from text; `None` if there is none of that name, an error says what is wanted.
 fn set(options: &mut SamplingOptions, name: &str, text: &str) -> Option<Result<(), &'static str>> {
-    fn put<T: std::str::FromStr>(
-        place: &mut T,
-        text: &str,
-        wanted: &'static str,
-    ) -> Result<(), &'static str> {
+    fn put<T: std::str::FromStr>(place: &mut T, text: &str, wanted: &'static str) -> Result<(), &'static str> {
         if text.is_empty() {
             return Ok(());
         }
@@ -262,10 +244,7 @@ fn set(options: &mut SamplingOptions, name: &str, text: &str) -> Option<Result<(
         "repetition_penalty" => put(&mut options.repetition_penalty, text, "a number"),
         "top_k" | "topk" => put(&mut options.top_k, text, "a whole number"),
         "seed" if text.is_empty() => Ok(()),
-        "seed" => text
-            .parse()
-            .map(|seed| options.seed = Some(seed))
-            .map_err(|_| "a whole number"),
+        "seed" => text.parse().map(|seed| options.seed = Some(seed)).map_err(|_| "a whole number"),
         _ => return None,
     })
 }
@@ -277,14 +256,8 @@ struct Saved {
 }
 
 fn save(chat: &Chat, path: &str) -> std::io::Result<()> {
-    let saved = Saved {
-        system: chat.system.clone(),
-        messages: chat.messages().to_vec(),
-    };
-    crate::files::write(
-        std::path::Path::new(path),
-        serde_json::to_string_pretty(&saved)?.as_bytes(),
-    )
+    let saved = Saved { system: chat.system.clone(), messages: chat.messages().to_vec() };
+    crate::files::write(std::path::Path::new(path), serde_json::to_string_pretty(&saved)?.as_bytes())
 }
 
 fn load(path: &str) -> std::io::Result<(Option<String>, Vec<Message>)> {
@@ -338,11 +311,7 @@ impl Input {
             }
         }
         let text = text.trim_end();
-        let text = text
-            .strip_suffix("\"\"\"")
-            .unwrap_or(text)
-            .trim_matches('\n')
-            .to_string();
+        let text = text.strip_suffix("\"\"\"").unwrap_or(text).trim_matches('\n').to_string();
         self.remember(&text);
         Ok(Some(text))
     }
@@ -379,10 +348,7 @@ impl Input {
     fn close(&mut self) {
         if let Self::Terminal(editor, Some(path)) = self {
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            if let Err(error) = made
-                .map_err(ReadlineError::from)
-                .and_then(|()| editor.save_history(path))
-            {
+            if let Err(error) = made.map_err(ReadlineError::from).and_then(|()| editor.save_history(path)) {
                 note!("{}: the history was not saved: {error}", path.display());
             }
         }
@@ -392,11 +358,7 @@ impl Input {
 
 /// `$XDG_STATE_HOME/m1/history`, by default `~/.local/state/m1/history` (on Windows under `%LOCALAPPDATA%`).
 fn history_file() -> Option<PathBuf> {
-    let var = |name| {
-        std::env::var_os(name)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
+    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let state = var("XDG_STATE_HOME")
         .or_else(|| var("LOCALAPPDATA").filter(|_| cfg!(windows)))
         .or_else(|| Some(std::env::home_dir()?.join(".local/state")))?;
@@ -410,13 +372,8 @@ mod tests {
     #[test]
     fn settings_are_read_by_either_name() {
         let mut options = SamplingOptions::default();
-        for (name, text) in [
-            ("temperature", "0.5"),
-            ("topp", "0.9"),
-            ("top_k", "40"),
-            ("min_p", "0.1"),
-            ("seed", "9"),
-        ] {
+        for (name, text) in [("temperature", "0.5"), ("topp", "0.9"), ("top_k", "40"), ("min_p", "0.1"), ("seed", "9")]
+        {
             assert_eq!(set(&mut options, name, text), Some(Ok(())));
         }
         let wanted = SamplingOptions {
@@ -428,10 +385,7 @@ mod tests {
             ..SamplingOptions::default()
         };
         assert_eq!(options, wanted);
-        assert_eq!(
-            set(&mut options, "top_k", "-1"),
-            Some(Err("a whole number"))
-        );
+        assert_eq!(set(&mut options, "top_k", "-1"), Some(Err("a whole number")));
         assert_eq!(set(&mut options, "temperature", ""), Some(Ok(())));
         assert_eq!(set(&mut options, "nonsense", "1"), None);
         assert_eq!(options, wanted);

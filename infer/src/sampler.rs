@@ -25,14 +25,7 @@ pub struct SamplingOptions {
 
 impl Default for SamplingOptions {
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 0.95,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            seed: None,
-        }
+        Self { temperature: 1.0, top_k: 0, top_p: 0.95, min_p: 0.0, repetition_penalty: 1.0, seed: None }
     }
 }
 
@@ -50,9 +43,7 @@ pub enum SamplerError {
         range: &'static str,
     },
     /// The model's output is NaN or infinite, so that nothing can be drawn.
-    #[error(
-        "the model's logits are not finite (id {id}): the weights are damaged or overflow their dtype"
-    )]
+    #[error("the model's logits are not finite (id {id}): the weights are damaged or overflow their dtype")]
     NotFinite {
         /// First id with such a logit.
         id: usize,
@@ -71,38 +62,14 @@ impl SamplingOptions {
     /// Checks every range; the error names the setting.
     pub fn validate(&self) -> Result<(), SamplerError> {
         let check = |ok: bool, name, value, range| {
-            if ok {
-                Ok(())
-            } else {
-                Err(SamplerError::Range { name, value, range })
-            }
+            if ok { Ok(()) } else { Err(SamplerError::Range { name, value, range }) }
         };
         let t = self.temperature;
-        check(
-            (0.0..=100.0).contains(&t),
-            "temperature",
-            t,
-            "between 0 (greedy) and 100",
-        )?;
-        check(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "top_p",
-            self.top_p,
-            "above 0 and at most 1",
-        )?;
-        check(
-            (0.0..=1.0).contains(&self.min_p),
-            "min_p",
-            self.min_p,
-            "between 0 and 1",
-        )?;
+        check((0.0..=100.0).contains(&t), "temperature", t, "between 0 (greedy) and 100")?;
+        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")?;
+        check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "between 0 and 1")?;
         let r = self.repetition_penalty;
-        check(
-            r > 0.0 && r <= 100.0,
-            "repetition_penalty",
-            r,
-            "above 0 and at most 100 (1 is off)",
-        )
+        check(r > 0.0 && r <= 100.0, "repetition_penalty", r, "above 0 and at most 100 (1 is off)")
     }
 }
 
@@ -131,16 +98,8 @@ impl Sampler {
     /// A sampler that draws only ids for which `allowed` is true (`None`: any id).
     pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
         options.validate()?;
-        let seed = options
-            .seed
-            .unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
-        Ok(Self {
-            options,
-            allowed,
-            rng: ChaCha8Rng::seed_from_u64(seed),
-            seed,
-            candidates: Vec::new(),
-        })
+        let seed = options.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
+        Ok(Self { options, allowed, rng: ChaCha8Rng::seed_from_u64(seed), seed, candidates: Vec::new() })
     }
 
     /// The seed in use, also when it was not given.
@@ -172,27 +131,17 @@ impl Sampler {
         }
         let allowed = self.allowed.as_deref();
         self.candidates.clear();
-        self.candidates
-            .extend((0u32..).zip(logits.iter().copied()).filter(|(id, _)| {
-                allowed.is_none_or(|a| a.get(*id as usize).copied().unwrap_or(false))
-            }));
+        self.candidates.extend(
+            (0u32..)
+                .zip(logits.iter().copied())
+                .filter(|(id, _)| allowed.is_none_or(|a| a.get(*id as usize).copied().unwrap_or(false))),
+        );
         if self.candidates.is_empty() {
-            return Err(SamplerError::NothingAllowed {
-                allowed: 0,
-                vocab: logits.len(),
-            });
+            return Err(SamplerError::NothingAllowed { allowed: 0, vocab: logits.len() });
         }
         self.penalise(logits.len(), text);
-        let (id, draw_log_prob) = if self.options.temperature == 0.0 {
-            (self.greedy(), 0.0)
-        } else {
-            self.draw()
-        };
-        Ok(Sampled {
-            id,
-            log_prob: log_prob(logits, id),
-            draw_log_prob,
-        })
+        let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw() };
+        Ok(Sampled { id, log_prob: log_prob(logits, id), draw_log_prob })
     }
 
     fn penalise(&mut self, vocab: usize, text: &[u32]) {
@@ -208,33 +157,19 @@ impl Sampler {
         }
         for (id, logit) in &mut self.candidates {
             if seen[*id as usize] {
-                *logit = if *logit > 0.0 {
-                    *logit / penalty
-                } else {
-                    *logit * penalty
-                };
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
             }
         }
     }
 
     /// The likeliest candidate; of equals the one with the lowest id.
     fn greedy(&self) -> u32 {
-        let best = self
-            .candidates
-            .iter()
-            .copied()
-            .reduce(|a, b| if b.1 > a.1 { b } else { a });
+        let best = self.candidates.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a });
         best.map_or(0, |(id, _)| id)
     }
 
     fn draw(&mut self) -> (u32, f32) {
-        let SamplingOptions {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            ..
-        } = self.options;
+        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
         let c = &mut self.candidates;
         // Likeliest first and, of equals, lowest id first: the order must not depend on the sort.
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -287,10 +222,7 @@ pub fn log_prob(logits: &[f32], id: u32) -> f32 {
 /// log-softmax of `logits` over the whole vocabulary.
 pub fn log_probs(logits: &[f32]) -> Vec<f32> {
     let norm = log_sum_exp(logits);
-    logits
-        .iter()
-        .map(|&l| (f64::from(l) - norm) as f32)
-        .collect()
+    logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
 }
 
 fn log_sum_exp(logits: &[f32]) -> f64 {
@@ -304,21 +236,11 @@ mod tests {
     use super::*;
 
     fn sampler(options: SamplingOptions) -> Sampler {
-        Sampler::new(
-            SamplingOptions {
-                seed: options.seed.or(Some(7)),
-                ..options
-            },
-            None,
-        )
-        .unwrap()
+        Sampler::new(SamplingOptions { seed: options.seed.or(Some(7)), ..options }, None).unwrap()
     }
 
     fn plain() -> SamplingOptions {
-        SamplingOptions {
-            top_p: 1.0,
-            ..SamplingOptions::default()
-        }
+        SamplingOptions { top_p: 1.0, ..SamplingOptions::default() }
     }
 
     /// ids drawn from `logits` in 20,000 draws, as frequencies.
@@ -333,10 +255,7 @@ mod tests {
 
     fn close(found: &[f64], wanted: &[f64]) {
         for (f, w) in found.iter().zip(wanted) {
-            assert!(
-                (f - w).abs() < 0.012 && (*w > 0.0 || *f == 0.0),
-                "{found:?} is not {wanted:?}"
-            );
+            assert!((f - w).abs() < 0.012 && (*w > 0.0 || *f == 0.0), "{found:?} is not {wanted:?}");
         }
     }
 
@@ -356,10 +275,7 @@ mod tests {
         close(&found(|_| ()), &[0.1, 0.4, 0.2, 0.3]);
         close(&found(|o| o.top_k = 2), &two);
         close(&found(|o| o.top_p = 0.65), &two);
-        close(
-            &found(|o| o.top_p = 0.75),
-            &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0],
-        );
+        close(&found(|o| o.top_p = 0.75), &[0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
         close(&found(|o| o.min_p = 0.6), &two);
         // Temperature 1/2 squares the probabilities.
         let squares = [1.0 / 30.0, 16.0 / 30.0, 4.0 / 30.0, 9.0 / 30.0];
@@ -373,10 +289,7 @@ mod tests {
     fn a_large_vocabulary_is_cut_at_the_same_place_as_by_sorting_it_all() {
         let n = 5000;
         let logits: Vec<f32> = (0..n).map(|i| ((i * 7919) % n) as f32 * 0.004).collect();
-        let mut p = log_probs(&logits)
-            .iter()
-            .map(|l| f64::from(l.exp()))
-            .collect::<Vec<_>>();
+        let mut p = log_probs(&logits).iter().map(|l| f64::from(l.exp())).collect::<Vec<_>>();
         p.sort_by(|a, b| b.total_cmp(a));
         let mut sum = 0.0;
         let nucleus = p
@@ -387,16 +300,9 @@ mod tests {
                 more
             })
             .count();
-        let mut sampler = sampler(SamplingOptions {
-            top_p: 0.9,
-            ..plain()
-        });
+        let mut sampler = sampler(SamplingOptions { top_p: 0.9, ..plain() });
         sampler.sample(&logits, &[]).unwrap();
-        assert!(
-            sampler.candidates.len().abs_diff(nucleus) <= 1,
-            "{} of {nucleus}",
-            sampler.candidates.len()
-        );
+        assert!(sampler.candidates.len().abs_diff(nucleus) <= 1, "{} of {nucleus}", sampler.candidates.len());
         assert!(nucleus > 300 && nucleus < 4000);
     }
 
@@ -404,13 +310,8 @@ mod tests {
     fn same_seed_same_ids_and_another_seed_others() {
         let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin()).collect();
         let ids = |seed| {
-            let mut s = sampler(SamplingOptions {
-                seed: Some(seed),
-                ..SamplingOptions::default()
-            });
-            (0..50)
-                .map(|_| s.sample(&logits, &[]).unwrap().id)
-                .collect::<Vec<_>>()
+            let mut s = sampler(SamplingOptions { seed: Some(seed), ..SamplingOptions::default() });
+            (0..50).map(|_| s.sample(&logits, &[]).unwrap().id).collect::<Vec<_>>()
         };
         assert_eq!(ids(1), ids(1));
         assert_ne!(ids(1), ids(2));
@@ -418,72 +319,40 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_lowest_of_equals_and_reports_the_models_log_probability() {
-        let mut s = sampler(SamplingOptions {
-            temperature: 0.0,
-            ..plain()
-        });
+        let mut s = sampler(SamplingOptions { temperature: 0.0, ..plain() });
         let got = s.sample(&[0.0, 2.0, 2.0], &[]).unwrap();
         assert_eq!(got.id, 1);
         let wanted = -(2.0 + (-2.0f32).exp()).ln();
-        assert!(
-            (got.log_prob - wanted).abs() < 1e-6,
-            "{} {wanted}",
-            got.log_prob
-        );
+        assert!((got.log_prob - wanted).abs() < 1e-6, "{} {wanted}", got.log_prob);
     }
 
     #[test]
     fn the_drawn_log_probability_is_that_of_the_cut_distribution() {
         let logits = logs(&[0.5, 0.3, 0.2]);
-        let mut s = sampler(SamplingOptions {
-            top_k: 2,
-            ..plain()
-        });
+        let mut s = sampler(SamplingOptions { top_k: 2, ..plain() });
         for _ in 0..20 {
             let got = s.sample(&logits, &[]).unwrap();
-            let (model, draw) = if got.id == 0 {
-                (0.5f32, 0.625f32)
-            } else {
-                (0.3, 0.375)
-            };
-            assert!(
-                (got.log_prob - model.ln()).abs() < 1e-5
-                    && (got.draw_log_prob - draw.ln()).abs() < 1e-5
-            );
+            let (model, draw) = if got.id == 0 { (0.5f32, 0.625f32) } else { (0.3, 0.375) };
+            assert!((got.log_prob - model.ln()).abs() < 1e-5 && (got.draw_log_prob - draw.ln()).abs() < 1e-5);
         }
     }
 
     #[test]
     fn unknown_ids_are_never_sampled_however_likely() {
-        let options = SamplingOptions {
-            seed: Some(1),
-            temperature: 2.0,
-            ..plain()
-        };
+        let options = SamplingOptions { seed: Some(1), temperature: 2.0, ..plain() };
         let mut s = Sampler::new(options.clone(), Some(vec![true, false, true])).unwrap();
         // Logits longer than the mask: what lies beyond it is unknown too.
         let logits = [0.0, 50.0, 0.1, 90.0];
         assert!((0..500).all(|_| [0, 2].contains(&s.sample(&logits, &[]).unwrap().id)));
-        s.set_options(SamplingOptions {
-            temperature: 0.0,
-            ..options.clone()
-        })
-        .unwrap();
+        s.set_options(SamplingOptions { temperature: 0.0, ..options.clone() }).unwrap();
         assert_eq!(s.sample(&logits, &[]).unwrap().id, 2);
         let mut none = Sampler::new(options, Some(vec![false; 4])).unwrap();
-        assert!(matches!(
-            none.sample(&logits, &[]),
-            Err(SamplerError::NothingAllowed { .. })
-        ));
+        assert!(matches!(none.sample(&logits, &[]), Err(SamplerError::NothingAllowed { .. })));
     }
 
     #[test]
     fn repetition_penalty_pushes_either_sign_down() {
-        let mut s = sampler(SamplingOptions {
-            temperature: 0.0,
-            repetition_penalty: 2.0,
-            ..plain()
-        });
+        let mut s = sampler(SamplingOptions { temperature: 0.0, repetition_penalty: 2.0, ..plain() });
         assert_eq!(s.sample(&[1.0, 1.5], &[1, 1, 99]).unwrap().id, 0);
         assert_eq!(s.sample(&[-1.5, -1.0], &[1]).unwrap().id, 0);
         assert_eq!(s.sample(&[-1.5, -1.0], &[]).unwrap().id, 1);
@@ -502,19 +371,10 @@ mod tests {
         for (name, change) in wrong {
             let mut options = plain();
             change(&mut options);
-            assert!(
-                options
-                    .validate()
-                    .unwrap_err()
-                    .to_string()
-                    .starts_with(name)
-            );
+            assert!(options.validate().unwrap_err().to_string().starts_with(name));
         }
         let mut s = sampler(plain());
-        assert_eq!(
-            s.sample(&[0.0, f32::NAN], &[]),
-            Err(SamplerError::NotFinite { id: 1 })
-        );
+        assert_eq!(s.sample(&[0.0, f32::NAN], &[]), Err(SamplerError::NotFinite { id: 1 }));
         // Extremes that underflow every other weight still draw.
         assert_eq!(s.sample(&[-1e30, 1e30], &[]).unwrap().id, 1);
     }

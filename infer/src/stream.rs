@@ -55,12 +55,7 @@ pub struct TextStream<'a> {
 impl<'a> TextStream<'a> {
     /// A stream that begins anew.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
-            utf8: Utf8Stream::default(),
-            ids: Vec::new(),
-            shown: String::new(),
-        }
+        Self { tokenizer, utf8: Utf8Stream::default(), ids: Vec::new(), shown: String::new() }
     }
 
     /// Takes an id and returns the text that it completes, which may be empty.
@@ -83,10 +78,7 @@ impl<'a> TextStream<'a> {
     /// The text still held back, at the end.
     pub fn finish(&mut self) -> String {
         let rest = self.tokenizer.decode(&std::mem::take(&mut self.ids));
-        let rest = rest
-            .strip_prefix(std::mem::take(&mut self.shown).as_str())
-            .unwrap_or("")
-            .to_string();
+        let rest = rest.strip_prefix(std::mem::take(&mut self.shown).as_str()).unwrap_or("").to_string();
         self.utf8.finish() + &rest
     }
 }
@@ -111,32 +103,15 @@ mod tests {
 
     #[test]
     fn invalid_bytes_match_from_utf8_lossy_and_stall_nothing() {
-        let cases: [&[u8]; 6] = [
-            b"\xff\xfea",
-            b"\xe4\xb8",
-            b"\xe4\xb8x",
-            b"\xf0\x9f\xa6",
-            b"\x80\x80",
-            b"\xed\xa0\x80z",
-        ];
+        let cases: [&[u8]; 6] =
+            [b"\xff\xfea", b"\xe4\xb8", b"\xe4\xb8x", b"\xf0\x9f\xa6", b"\x80\x80", b"\xed\xa0\x80z"];
         for bytes in cases {
-            assert_eq!(
-                bytewise(bytes).1,
-                String::from_utf8_lossy(bytes),
-                "{bytes:x?}"
-            );
+            assert_eq!(bytewise(bytes).1, String::from_utf8_lossy(bytes), "{bytes:x?}");
             let mut whole = Utf8Stream::default();
-            assert_eq!(
-                whole.push(bytes) + &whole.finish(),
-                String::from_utf8_lossy(bytes),
-                "{bytes:x?}"
-            );
+            assert_eq!(whole.push(bytes) + &whole.finish(), String::from_utf8_lossy(bytes), "{bytes:x?}");
         }
         let mut s = Utf8Stream::default();
-        assert_eq!(
-            (s.push(b"\xff"), s.push(b"\xe4\xb8")),
-            ("\u{fffd}".into(), "".into())
-        );
+        assert_eq!((s.push(b"\xff"), s.push(b"\xe4\xb8")), ("\u{fffd}".into(), "".into()));
         assert_eq!(s.push(b"ok"), "\u{fffd}ok");
     }
 }

@@ -22,9 +22,7 @@ const SLIP: (&str, &str) = (
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
     /// The checkpoint brings no template.
-    #[error(
-        "{dir}: no chat template (neither {FILE} nor chat_template in tokenizer_config.json); use `m1 generate`"
-    )]
+    #[error("{dir}: no chat template (neither {FILE} nor chat_template in tokenizer_config.json); use `m1 generate`")]
     Missing {
         /// The checkpoint's directory.
         dir: PathBuf,
@@ -56,26 +54,17 @@ impl Template {
     /// The template of the checkpoint in `dir`, whose `tokenizer_config.json` is `config`.
     pub fn from_dir(dir: &Path, config: &Value) -> Result<Self, TemplateError> {
         let path = dir.join(FILE);
-        let invalid = |path: &Path, reason: String| TemplateError::Invalid {
-            path: path.to_path_buf(),
-            reason,
-        };
+        let invalid = |path: &Path, reason: String| TemplateError::Invalid { path: path.to_path_buf(), reason };
         let (path, source) = match std::fs::read_to_string(&path) {
             Ok(source) => (path, source),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let path = dir.join("tokenizer_config.json");
                 let source = match config.get("chat_template") {
                     None | Some(Value::Null) => {
-                        return Err(TemplateError::Missing {
-                            dir: dir.to_path_buf(),
-                        });
+                        return Err(TemplateError::Missing { dir: dir.to_path_buf() });
                     }
                     Some(value) => default_of(value).ok_or_else(|| {
-                        invalid(
-                            &path,
-                            "chat_template must be a string, or a list with one named \"default\""
-                                .into(),
-                        )
+                        invalid(&path, "chat_template must be a string, or a list with one named \"default\"".into())
                     })?,
                 };
                 (path, source.to_string())
@@ -84,10 +73,7 @@ impl Template {
         };
         let mut template = Self::new(&source).map_err(|e| invalid(&path, e.to_string()))?;
         for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
-            if let Some(token) = config
-                .get(key)
-                .and_then(|v| v.as_str().or_else(|| v.get("content")?.as_str()))
-            {
+            if let Some(token) = config.get(key).and_then(|v| v.as_str().or_else(|| v.get("content")?.as_str())) {
                 template.tokens[key] = token.into();
             }
         }
@@ -98,20 +84,9 @@ impl Template {
     pub fn new(source: &str) -> Result<Self, TemplateError> {
         let joined = join_literals(source, false);
         let mended = join_literals(source, true);
-        let corrected = if mended == joined {
-            None
-        } else {
-            Some(environment(mended)?)
-        };
-        let parts = ["['text']", "[\"text\"]", ".text"]
-            .iter()
-            .any(|text| source.contains(text));
-        Ok(Self {
-            env: environment(joined)?,
-            corrected,
-            parts,
-            tokens: json!({}),
-        })
+        let corrected = if mended == joined { None } else { Some(environment(mended)?) };
+        let parts = ["['text']", "[\"text\"]", ".text"].iter().any(|text| source.contains(text));
+        Ok(Self { env: environment(joined)?, corrected, parts, tokens: json!({}) })
     }
 
     /// Renders messages (`{"role", "content", …}`; content a string or a list of parts). `tools` are JSON schemas.
@@ -123,25 +98,15 @@ impl Template {
         add_generation_prompt: bool,
         corrected: bool,
     ) -> Result<String, TemplateError> {
-        let env = self
-            .corrected
-            .as_ref()
-            .filter(|_| corrected)
-            .unwrap_or(&self.env);
+        let env = self.corrected.as_ref().filter(|_| corrected).unwrap_or(&self.env);
         let messages: Vec<Value> = messages.iter().map(|m| self.adapt(m)).collect();
-        let tools = if tools.is_empty() {
-            Value::Null
-        } else {
-            tools.into()
-        };
+        let tools = if tools.is_empty() { Value::Null } else { tools.into() };
         let mut values = self.tokens.clone();
         values["messages"] = messages.into();
         values["tools"] = tools;
         values["add_generation_prompt"] = add_generation_prompt.into();
         let refused = |e: minijinja::Error| TemplateError::Render(one_line(&e));
-        env.get_template("chat")
-            .and_then(|t| t.render(Serde(values)))
-            .map_err(refused)
+        env.get_template("chat").and_then(|t| t.render(Serde(values))).map_err(refused)
     }
 
     /// Gives content the form the template reads.
@@ -150,19 +115,16 @@ impl Template {
         let content = match message.get("content") {
             Some(Value::String(text)) if self.parts => {
                 let mut part = json!({"type": "text", "text": text});
-                if let (Some("tool"), Some(name)) = (message["role"].as_str(), message.get("name"))
-                {
+                if let (Some("tool"), Some(name)) = (message["role"].as_str(), message.get("name")) {
                     part["name"] = name.clone(); // M1's template reads a tool's name from the part
                 }
                 json!([part])
             }
             // An assistant that only called tools said nothing.
             None | Some(Value::Null) if self.parts && message["role"] == "assistant" => json!([]),
-            Some(Value::Array(parts)) if !self.parts => parts
-                .iter()
-                .filter_map(|p| p.get("text")?.as_str())
-                .collect::<String>()
-                .into(),
+            Some(Value::Array(parts)) if !self.parts => {
+                parts.iter().filter_map(|p| p.get("text")?.as_str()).collect::<String>().into()
+            }
             _ => return message,
         };
         message["content"] = content;
@@ -177,33 +139,23 @@ fn default_of(value: &Value) -> Option<&str> {
         other => return other.as_str(),
     };
     let named = list.iter().find(|t| t["name"] == "default");
-    named
-        .or(list.first().filter(|_| list.len() == 1))?
-        .get("template")?
-        .as_str()
+    named.or(list.first().filter(|_| list.len() == 1))?.get("template")?.as_str()
 }
 
 fn environment(source: String) -> Result<Environment<'static>, TemplateError> {
     let mut env = Environment::new();
     // Hugging Face's apply_chat_template sets these two.
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.map_err(|e| TemplateError::Render(one_line(&e)))?);
     env.add_filter("tojson", |value: minijinja::Value, kwargs: Kwargs| {
         let indent: Option<usize> = kwargs.get("indent")?;
         // Other arguments of Python's (ensure_ascii, separators) ask for what is done here anyway.
         Ok::<_, minijinja::Error>(python_json(&value, indent))
     });
-    env.add_function(
-        "raise_exception",
-        |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        },
-    );
-    env.add_template_owned("chat", source)
-        .map_err(|e| TemplateError::Render(one_line(&e)))?;
+    env.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_template_owned("chat", source).map_err(|e| TemplateError::Render(one_line(&e)))?;
     Ok(env)
 }
 
@@ -216,11 +168,7 @@ fn one_line(error: &minijinja::Error) -> String {
 fn join_literals(source: &str, mend: bool) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(open) = ["{{", "{%", "{#"]
-        .iter()
-        .filter_map(|tag| rest.find(tag))
-        .min()
-    {
+    while let Some(open) = ["{{", "{%", "{#"].iter().filter_map(|tag| rest.find(tag)).min() {
         let close = match &rest[open..open + 2] {
             "{{" => "}}",
             "{%" => "%}",
@@ -263,11 +211,7 @@ fn literals(source: &str, mend: bool) -> (String, &str) {
             return (source.to_string(), ""); // never closed: minijinja will say so
         }
         let text = &rest[1..end];
-        body.push_str(&if here == quote {
-            text.to_string()
-        } else {
-            text.replace(quote, &format!("\\{quote}"))
-        });
+        body.push_str(&if here == quote { text.to_string() } else { text.replace(quote, &format!("\\{quote}")) });
         rest = &rest[end + 1..];
         match rest.trim_start() {
             next if next.starts_with(['\'', '"']) => rest = next,
@@ -283,11 +227,7 @@ fn literals(source: &str, mend: bool) -> (String, &str) {
 /// Python's `json.dumps(value, ensure_ascii=False)`: ", " and ": ", keys in their order, nothing escaped for HTML.
 fn python_json(value: &minijinja::Value, indent: Option<usize>) -> String {
     let mut out = Vec::new();
-    let format = PythonFormat {
-        indent,
-        depth: 0,
-        empty: true,
-    };
+    let format = PythonFormat { indent, depth: 0, empty: true };
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, format);
     match value.serialize(&mut serializer) {
         Ok(()) => String::from_utf8(out).unwrap_or_default(),
@@ -372,19 +312,12 @@ impl serde_json::ser::Formatter for PythonFormat {
 /// Python's `repr` of a float: the shortest digits, with an exponent below 1e-4 and from 1e16 on.
 fn python_float(value: f64) -> String {
     let scientific = format!("{value:e}");
-    let exponent = scientific
-        .split_once('e')
-        .and_then(|(_, e)| e.parse::<i32>().ok())
-        .unwrap_or(0);
+    let exponent = scientific.split_once('e').and_then(|(_, e)| e.parse::<i32>().ok()).unwrap_or(0);
     if value == 0.0 || (-4..16).contains(&exponent) {
         return format!("{value:?}");
     }
     let digits = scientific.split('e').next().unwrap_or_default();
-    format!(
-        "{digits}e{}{:02}",
-        if exponent < 0 { '-' } else { '+' },
-        exponent.abs()
-    )
+    format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
 }
 
 #[cfg(test)]
@@ -397,27 +330,16 @@ mod tests {
     fn render(input: &Value, corrected: bool) -> Result<String, TemplateError> {
         let list = |key| input[key].as_array().cloned().unwrap_or_default();
         let gen_prompt = input["add_generation_prompt"].as_bool().unwrap();
-        Template::new(M1)
-            .unwrap()
-            .render(&list("messages"), &list("tools"), gen_prompt, corrected)
+        Template::new(M1).unwrap().render(&list("messages"), &list("tools"), gen_prompt, corrected)
     }
 
     #[test]
     fn the_recorded_cases_to_the_byte() {
         let cases: Value = serde_json::from_str(CASES).unwrap();
-        let rendered: Vec<_> = cases
-            .as_object()
-            .unwrap()
-            .iter()
-            .filter(|(_, c)| c["rendered"].is_string())
-            .collect();
+        let rendered: Vec<_> = cases.as_object().unwrap().iter().filter(|(_, c)| c["rendered"].is_string()).collect();
         assert_eq!(rendered.len(), 5);
         for (name, case) in rendered {
-            assert_eq!(
-                render(&case["input"], false).unwrap(),
-                case["rendered"].as_str().unwrap(),
-                "{name}"
-            );
+            assert_eq!(render(&case["input"], false).unwrap(), case["rendered"].as_str().unwrap(), "{name}");
         }
     }
 
@@ -425,16 +347,10 @@ mod tests {
     fn plain_strings_render_as_if_wrapped() {
         let cases: Value = serde_json::from_str(CASES).unwrap();
         let wanted = "<begin_of_document><beginning_of_sentence>user name=user\nplain<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n";
-        assert_eq!(
-            render(&cases["string_content"]["input"], false).unwrap(),
-            wanted
-        );
-        let tool = json!({"messages": [{"role": "tool", "name": "f", "content": "25C"}], "add_generation_prompt": false});
-        assert!(
-            render(&tool, false)
-                .unwrap()
-                .contains("tool name: f\ntool result: 25C\n\n<end_of_sentence>")
-        );
+        assert_eq!(render(&cases["string_content"]["input"], false).unwrap(), wanted);
+        let tool =
+            json!({"messages": [{"role": "tool", "name": "f", "content": "25C"}], "add_generation_prompt": false});
+        assert!(render(&tool, false).unwrap().contains("tool name: f\ntool result: 25C\n\n<end_of_sentence>"));
     }
 
     #[test]
@@ -444,10 +360,7 @@ mod tests {
         let corrected = render(&cases["tools"]["input"], true).unwrap();
         assert_ne!(shipped, corrected);
         assert_eq!(corrected, shipped.replace(SLIP.0, SLIP.1));
-        assert_eq!(
-            render(&cases["user_only"]["input"], true).unwrap(),
-            cases["user_only"]["rendered"]
-        );
+        assert_eq!(render(&cases["user_only"]["input"], true).unwrap(), cases["user_only"]["rendered"]);
     }
 
     #[test]
@@ -456,32 +369,20 @@ mod tests {
             ("{{ 'a''b' }}", "{{ 'ab' }}"),
             ("{{ 'a' \n 'b' ~ \"c\"'d' }}", "{{ 'ab' ~ \"cd\" }}"),
             (r#"{{ 'it\'s' "'x'" }}"#, r#"{{ 'it\'s\'x\'' }}"#),
-            (
-                "it''s {# 'a''b' #} {{ f('a', 'b') }}",
-                "it''s {# 'a''b' #} {{ f('a', 'b') }}",
-            ),
+            ("it''s {# 'a''b' #} {{ f('a', 'b') }}", "it''s {# 'a''b' #} {{ f('a', 'b') }}"),
             ("{{ '}}' '%}' }} ''", "{{ '}}%}' }} ''"),
             ("{{ 'open", "{{ 'open"),
         ] {
             assert_eq!(join_literals(source, false), joined);
         }
-        assert_eq!(
-            Template::new("{{ 'it\\'s' \"'x'\" }}")
-                .unwrap()
-                .render(&[], &[], false, false)
-                .unwrap(),
-            "it's'x'"
-        );
+        assert_eq!(Template::new("{{ 'it\\'s' \"'x'\" }}").unwrap().render(&[], &[], false, false).unwrap(), "it's'x'");
     }
 
     #[test]
     fn json_is_pythons() {
         let value = json!({"b": [1, 2.5, 1e16, 1e-5, 1e22, 123456.0, -0.0], "a": {"<&'>": "é\n\"\u{7f}\u{1}"}, "e": [], "n": null, "t": true});
         let python = "{\"b\": [1, 2.5, 1e+16, 1e-05, 1e+22, 123456.0, -0.0], \"a\": {\"<&'>\": \"é\\n\\\"\u{7f}\\u0001\"}, \"e\": [], \"n\": null, \"t\": true}";
-        assert_eq!(
-            python_json(&minijinja::Value::from(Serde(&value)), None),
-            python
-        );
+        assert_eq!(python_json(&minijinja::Value::from(Serde(&value)), None), python);
         let nested = minijinja::Value::from(Serde(json!({"a": [1, {}], "b": {"c": 2}})));
         assert_eq!(
             python_json(&nested, Some(2)),
@@ -495,46 +396,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = json!({"chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": chatml}], "eos_token": {"content": "<e>"}});
         let template = Template::from_dir(dir.path(), &config).unwrap();
-        let messages = [
-            json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
-        ];
-        assert_eq!(
-            template.render(&messages, &[], false, false).unwrap(),
-            "<user>ab<e>\n"
-        );
-        let error = template
-            .render(&messages, &[json!({})], false, false)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("refuses the messages") && error.contains("no"),
-            "{error}"
-        );
+        let messages =
+            [json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})];
+        assert_eq!(template.render(&messages, &[], false, false).unwrap(), "<user>ab<e>\n");
+        let error = template.render(&messages, &[json!({})], false, false).unwrap_err().to_string();
+        assert!(error.contains("refuses the messages") && error.contains("no"), "{error}");
     }
 
     #[test]
     fn where_the_template_comes_from() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Template::from_dir(dir.path(), &Value::Null)
-            .unwrap_err()
-            .to_string();
+        let error = Template::from_dir(dir.path(), &Value::Null).unwrap_err().to_string();
         assert!(error.contains("no chat template"), "{error}");
-        let error = Template::from_dir(dir.path(), &json!({"chat_template": 5}))
-            .unwrap_err()
-            .to_string();
+        let error = Template::from_dir(dir.path(), &json!({"chat_template": 5})).unwrap_err().to_string();
         assert!(error.contains("must be a string"), "{error}");
-        let error = Template::from_dir(dir.path(), &json!({"chat_template": "{{ 'x"}))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("tokenizer_config.json: ") && !error.contains('\n'),
-            "{error}"
-        );
+        let error = Template::from_dir(dir.path(), &json!({"chat_template": "{{ 'x"})).unwrap_err().to_string();
+        assert!(error.contains("tokenizer_config.json: ") && !error.contains('\n'), "{error}");
         std::fs::write(dir.path().join(FILE), "from the file").unwrap();
         let template = Template::from_dir(dir.path(), &json!({"chat_template": "x"})).unwrap();
-        assert_eq!(
-            template.render(&[], &[], true, false).unwrap(),
-            "from the file"
-        );
+        assert_eq!(template.render(&[], &[], true, false).unwrap(), "from the file");
     }
 }

@@ -35,28 +35,19 @@ pub struct ThinkSplitter {
 
 impl Default for ThinkSplitter {
     fn default() -> Self {
-        Self {
-            state: State::Before,
-            held: String::new(),
-        }
+        Self { state: State::Before, held: String::new() }
     }
 }
 
 impl ThinkSplitter {
     /// For a reply whose prompt ended inside `<think>`.
     pub fn inside() -> Self {
-        Self {
-            state: State::Thinking,
-            held: String::new(),
-        }
+        Self { state: State::Thinking, held: String::new() }
     }
 
     /// For a reply whose prompt holds a closed block: all is answer.
     pub fn after() -> Self {
-        Self {
-            state: State::After,
-            held: String::new(),
-        }
+        Self { state: State::After, held: String::new() }
     }
 
     /// Whether the text so far ends inside the block.
@@ -79,11 +70,7 @@ impl ThinkSplitter {
             self.held.truncate(at);
             self.flush(&mut pieces, 0);
             self.held = rest;
-            self.state = if self.state == State::Before {
-                State::Thinking
-            } else {
-                State::After
-            };
+            self.state = if self.state == State::Before { State::Thinking } else { State::After };
         }
         let keep = match self.state {
             State::Before => overlap(&self.held, OPEN),
@@ -106,11 +93,7 @@ impl ThinkSplitter {
         let rest = self.held.split_off(self.held.len() - keep);
         let text = std::mem::replace(&mut self.held, rest);
         if !text.is_empty() {
-            pieces.push(if self.state == State::Thinking {
-                Piece::Thinking(text)
-            } else {
-                Piece::Answer(text)
-            });
+            pieces.push(if self.state == State::Thinking { Piece::Thinking(text) } else { Piece::Answer(text) });
         }
     }
 }
@@ -152,17 +135,8 @@ mod tests {
         let text = "Hm <think>\na < b </thin\n</think>\n\n1 < 2, <think> is a tag</think>";
         for at in 0..=text.len() {
             for then in at..=text.len() {
-                let got = joined(
-                    ThinkSplitter::default(),
-                    &[&text[..at], &text[at..then], &text[then..]],
-                );
-                assert_eq!(
-                    got,
-                    (
-                        "\na < b </thin\n".into(),
-                        "Hm \n\n1 < 2, <think> is a tag</think>".into()
-                    )
-                );
+                let got = joined(ThinkSplitter::default(), &[&text[..at], &text[at..then], &text[then..]]);
+                assert_eq!(got, ("\na < b </thin\n".into(), "Hm \n\n1 < 2, <think> is a tag</think>".into()));
             }
         }
     }
@@ -179,25 +153,10 @@ mod tests {
 
     #[test]
     fn unfinished_and_preset_blocks() {
-        assert_eq!(
-            joined(ThinkSplitter::default(), &["<think>on and on</th"]),
-            ("on and on</th".into(), "".into())
-        );
-        assert_eq!(
-            joined(ThinkSplitter::inside(), &["so</think>yes"]),
-            ("so".into(), "yes".into())
-        );
-        assert_eq!(
-            joined(ThinkSplitter::after(), &["<think>"]),
-            ("".into(), "<think>".into())
-        );
-        assert_eq!(
-            split("<think>\nx\n</think>\n\n42"),
-            ("\nx\n".into(), "42".into())
-        );
-        assert_eq!(
-            split(&format!("{NO_THINKING}7")),
-            ("\n\n".into(), "7".into())
-        );
+        assert_eq!(joined(ThinkSplitter::default(), &["<think>on and on</th"]), ("on and on</th".into(), "".into()));
+        assert_eq!(joined(ThinkSplitter::inside(), &["so</think>yes"]), ("so".into(), "yes".into()));
+        assert_eq!(joined(ThinkSplitter::after(), &["<think>"]), ("".into(), "<think>".into()));
+        assert_eq!(split("<think>\nx\n</think>\n\n42"), ("\nx\n".into(), "42".into()));
+        assert_eq!(split(&format!("{NO_THINKING}7")), ("\n\n".into(), "7".into()));
     }
 }

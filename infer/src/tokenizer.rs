@@ -63,28 +63,18 @@ impl Tokenizer {
             }
             Err(source) => return Err(TokenizerError::Io { path, source }),
         };
-        let inner: tokenizers::Tokenizer =
-            text.parse()
-                .map_err(|e: tokenizers::Error| TokenizerError::Invalid {
-                    path,
-                    reason: format!("not a tokenizer.json: {e}"),
-                })?;
+        let inner: tokenizers::Tokenizer = text.parse().map_err(|e: tokenizers::Error| TokenizerError::Invalid {
+            path,
+            reason: format!("not a tokenizer.json: {e}"),
+        })?;
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
-        Ok(Self {
-            bytes: byte_table(&inner),
-            inner,
-            config,
-            dir: dir.to_path_buf(),
-        })
+        Ok(Self { bytes: byte_table(&inner), inner, config, dir: dir.to_path_buf() })
     }
 
     /// The ids of `text`. Special tokens written in the text become their ids; with `add_special` what the
     /// tokenizer puts around a text (nothing, in M1's) is added.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special)
-            .map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -92,12 +82,7 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.bytes {
             Some(_) => {
-                let bytes: Vec<u8> = ids
-                    .iter()
-                    .filter_map(|&id| self.bytes(id))
-                    .flatten()
-                    .copied()
-                    .collect();
+                let bytes: Vec<u8> = ids.iter().filter_map(|&id| self.bytes(id)).flatten().copied().collect();
                 String::from_utf8_lossy(&bytes).into_owned()
             }
             None => self.inner.decode(ids, true).unwrap_or_default(),
@@ -107,12 +92,7 @@ impl Tokenizer {
     /// The bytes of one id: `None` if this vocabulary is not byte-level, empty for special and unknown ids.
     pub fn bytes(&self, id: u32) -> Option<&[u8]> {
         let table = self.bytes.as_ref()?;
-        Some(
-            table
-                .get(id as usize)
-                .and_then(Option::as_deref)
-                .unwrap_or(&[]),
-        )
+        Some(table.get(id as usize).and_then(Option::as_deref).unwrap_or(&[]))
     }
 
     /// The id of a token as the vocabulary writes it.
@@ -122,18 +102,12 @@ impl Tokenizer {
 
     /// Which of `vocab` ids exist here. A model's vocabulary is padded: the rest has to be masked.
     pub fn known(&self, vocab: usize) -> Vec<bool> {
-        (0..vocab as u32)
-            .map(|id| self.inner.id_to_token(id).is_some())
-            .collect()
+        (0..vocab as u32).map(|id| self.inner.id_to_token(id).is_some()).collect()
     }
 
     /// One more than the largest id.
     pub fn size(&self) -> usize {
-        self.inner
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .map_or(0, |id| id as usize + 1)
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
     /// A token that `tokenizer_config.json` names, as `eos_token` or `bos_token`: a string or an object with `content`.
@@ -154,23 +128,15 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, TokenizerError> {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => {
-            return Err(TokenizerError::Io {
-                path: path.to_path_buf(),
-                source,
-            });
+            return Err(TokenizerError::Io { path: path.to_path_buf(), source });
         }
     };
-    let value: Value = serde_json::from_str(&text).map_err(|e| TokenizerError::Invalid {
-        path: path.to_path_buf(),
-        reason: format!("not JSON: {e}"),
-    })?;
+    let value: Value = serde_json::from_str(&text)
+        .map_err(|e| TokenizerError::Invalid { path: path.to_path_buf(), reason: format!("not JSON: {e}") })?;
     if value.is_object() {
         return Ok(Some(value));
     }
-    Err(TokenizerError::Invalid {
-        path: path.to_path_buf(),
-        reason: "a JSON object was expected".into(),
-    })
+    Err(TokenizerError::Invalid { path: path.to_path_buf(), reason: "a JSON object was expected".into() })
 }
 
 fn byte_table(inner: &tokenizers::Tokenizer) -> Option<Vec<Option<Vec<u8>>>> {
@@ -181,19 +147,13 @@ fn byte_table(inner: &tokenizers::Tokenizer) -> Option<Vec<Option<Vec<u8>>>> {
     let mut table = vec![None; vocab.values().max().map_or(0, |&id| id as usize + 1)];
     let alphabet = alphabet();
     for (token, id) in vocab {
-        let bytes: Option<Vec<u8>> = token
-            .chars()
-            .map(|c| alphabet.iter().position(|&a| a == c).map(|b| b as u8))
-            .collect();
+        let bytes: Option<Vec<u8>> =
+            token.chars().map(|c| alphabet.iter().position(|&a| a == c).map(|b| b as u8)).collect();
         table[id as usize] = Some(bytes.unwrap_or_else(|| token.into_bytes()));
     }
     for (id, token) in inner.get_added_tokens_decoder() {
         let hidden = token.special && !VISIBLE.contains(&token.content.as_str());
-        table[id as usize] = if hidden {
-            None
-        } else {
-            Some(token.content.into_bytes())
-        };
+        table[id as usize] = if hidden { None } else { Some(token.content.into_bytes()) };
     }
     Some(table)
 }
@@ -221,11 +181,8 @@ pub(crate) mod tests {
 
     /// A byte-level vocabulary of the 256 bytes and then `added`, all special but the last.
     pub(crate) fn byte_level(dir: &Path, added: &[&str]) -> Tokenizer {
-        let vocab: serde_json::Map<String, Value> = alphabet()
-            .iter()
-            .enumerate()
-            .map(|(i, c)| (c.to_string(), i.into()))
-            .collect();
+        let vocab: serde_json::Map<String, Value> =
+            alphabet().iter().enumerate().map(|(i, c)| (c.to_string(), i.into())).collect();
         let added: Vec<Value> = added
             .iter()
             .enumerate()
@@ -248,11 +205,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = byte_level(dir.path(), &["<end_of_sentence>", "é<think>"]);
         for id in 0..256 {
-            assert_eq!(
-                tokenizer.decode(&[id]),
-                tokenizer.inner.decode(&[id], true).unwrap(),
-                "{id}"
-            );
+            assert_eq!(tokenizer.decode(&[id]), tokenizer.inner.decode(&[id], true).unwrap(), "{id}");
             assert_eq!(tokenizer.bytes(id), Some(&[id as u8][..]));
         }
         assert_eq!(tokenizer.bytes(256), Some(&[][..]));
@@ -273,10 +226,7 @@ pub(crate) mod tests {
         let parts: Vec<String> = ids.iter().map(|&id| stream.push(id)).collect();
         assert!(parts.iter().all(|p| !p.contains('\u{fffd}')));
         assert_eq!(parts.concat() + &stream.finish(), text);
-        assert_eq!(
-            tokenizer.encode("a<end_of_sentence>", false).unwrap(),
-            [97, 256]
-        );
+        assert_eq!(tokenizer.encode("a<end_of_sentence>", false).unwrap(), [97, 256]);
     }
 
     #[test]
@@ -313,23 +263,16 @@ pub(crate) mod tests {
         byte_level(dir.path(), &["x"]);
         std::fs::write(dir.path().join("tokenizer_config.json"), "[1]").unwrap();
         let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("tokenizer_config.json: a JSON object"),
-            "{error}"
-        );
+        assert!(error.contains("tokenizer_config.json: a JSON object"), "{error}");
     }
 
     #[test]
     fn tokens_are_named_as_strings_or_objects() {
         let dir = tempfile::tempdir().unwrap();
-        let config =
-            r#"{"eos_token":"<end_of_sentence>","bos_token":{"content":"<b>"},"pad_token":null}"#;
+        let config = r#"{"eos_token":"<end_of_sentence>","bos_token":{"content":"<b>"},"pad_token":null}"#;
         std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
         let tokenizer = byte_level(dir.path(), &["<end_of_sentence>", "x"]);
-        assert_eq!(
-            tokenizer.named_token("eos_token"),
-            Some("<end_of_sentence>")
-        );
+        assert_eq!(tokenizer.named_token("eos_token"), Some("<end_of_sentence>"));
         assert_eq!(tokenizer.named_token("bos_token"), Some("<b>"));
         assert_eq!(tokenizer.named_token("pad_token"), None);
         assert_eq!(tokenizer.id("<end_of_sentence>"), Some(256));

@@ -14,13 +14,7 @@ fn stats(stderr: &str) -> Vec<[usize; 3]> {
     };
     let lines = stderr.lines().filter(|l| l.starts_with("prompt "));
     lines
-        .map(|l| {
-            [
-                number(l, "(", " cached"),
-                number(l, " cached, ", " read"),
-                number(l, "reply ", " tokens"),
-            ]
-        })
+        .map(|l| [number(l, "(", " cached"), number(l, " cached, ", " read"), number(l, "reply ", " tokens")])
         .collect()
 }
 
@@ -30,21 +24,13 @@ fn tokens(text: &str) -> usize {
 
 #[test]
 fn a_turn_reads_only_what_is_new() {
-    let got = m1(
-        "chat",
-        &["--stats", "-n", "9", "--seed", "5", "--system", "Be brief."],
-        "Hello\nAnd now?\n",
-    )
-    .ok();
+    let got = m1("chat", &["--stats", "-n", "9", "--seed", "5", "--system", "Be brief."], "Hello\nAnd now?\n").ok();
     let first = "<begin_of_document><beginning_of_sentence>system ai_setting=assistant\nBe brief.<end_of_sentence>\n\
         <beginning_of_sentence>user name=user\nHello<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n";
     let between = "<end_of_sentence>\n<beginning_of_sentence>user name=user\nAnd now?<end_of_sentence>\n\
         <beginning_of_sentence>ai name=assistant\n";
     // The reply's last token was never fed back: it is read with the second turn.
-    let wanted = [
-        [0, tokens(first), 9],
-        [tokens(first) + 8, 1 + tokens(between), 9],
-    ];
+    let wanted = [[0, tokens(first), 9], [tokens(first) + 8, 1 + tokens(between), 9]];
     assert_eq!(stats(&got.stderr), wanted, "{}", got.stderr);
 }
 
@@ -54,27 +40,13 @@ fn a_loaded_conversation_goes_on_as_the_one_that_was_saved() {
     let file = dir.path().join("talk.json");
     let file = file.to_str().unwrap();
     let flags = ["--stats", "-n", "12", "--temperature", "0"];
-    let going_on = m1(
-        "chat",
-        &flags,
-        &format!("Hello\n上海?\n/save {file}\nThird\n"),
-    )
-    .ok();
+    let going_on = m1("chat", &flags, &format!("Hello\n上海?\n/save {file}\nThird\n")).ok();
     let loaded = m1("chat", &flags, &format!("/load {file}\nThird\n")).ok();
     let (a, b) = (stats(&going_on.stderr), stats(&loaded.stderr));
     assert!(a[2][0] > 0 && b[0][0] == 0);
-    assert_eq!(
-        a[2][0] + a[2][1],
-        b[0][0] + b[0][1],
-        "the same ids whether kept or loaded"
-    );
+    assert_eq!(a[2][0] + a[2][1], b[0][0] + b[0][1], "the same ids whether kept or loaded");
     assert!(!loaded.stdout.trim().is_empty());
-    assert!(
-        going_on.stdout.ends_with(&loaded.stdout),
-        "{:?} {:?}",
-        going_on.stdout,
-        loaded.stdout
-    );
+    assert!(going_on.stdout.ends_with(&loaded.stdout), "{:?} {:?}", going_on.stdout, loaded.stdout);
 }
 
 #[test]
@@ -83,13 +55,8 @@ fn one_shot_prints_the_reply_only_and_a_seed_repeats_it() {
     let (a, b, c) = (ask("1"), ask("1"), ask("2"));
     assert_eq!(a.stdout, b.stdout);
     assert_ne!(a.stdout, c.stdout);
-    assert!(
-        a.stdout.ends_with('\n') && !a.stdout.contains("\x1b[2m") && !a.stdout.contains("device")
-    );
-    assert_eq!(
-        a.stderr,
-        "device: CPU (2 threads)\n[cut after 40 tokens]\n".replace("2 threads", &threads())
-    );
+    assert!(a.stdout.ends_with('\n') && !a.stdout.contains("\x1b[2m") && !a.stdout.contains("device"));
+    assert_eq!(a.stderr, "device: CPU (2 threads)\n[cut after 40 tokens]\n".replace("2 threads", &threads()));
 }
 
 fn threads() -> String {
@@ -113,40 +80,18 @@ fn thinking_off_begins_the_turn_with_an_empty_block() {
 #[test]
 fn a_conversation_that_outgrows_the_context_says_so_and_stays() {
     let long = "x".repeat(200);
-    let got = m1(
-        "chat",
-        &["--stats", "-n", "4", "--context", "160"],
-        &format!("a\n{long}\nb\n"),
-    )
-    .ok();
-    let lines: Vec<&str> = got
-        .stderr
-        .lines()
-        .filter(|l| l.contains("the context holds 160"))
-        .collect();
+    let got = m1("chat", &["--stats", "-n", "4", "--context", "160"], &format!("a\n{long}\nb\n")).ok();
+    let lines: Vec<&str> = got.stderr.lines().filter(|l| l.contains("the context holds 160")).collect();
     assert_eq!(lines.len(), 1, "{}", got.stderr);
     let s = stats(&got.stderr);
     assert_eq!(s.len(), 2);
-    assert_eq!(
-        s[1][0],
-        s[0][1] + 3,
-        "the turn after it continues from the first"
-    );
+    assert_eq!(s[1][0], s[0][1] + 3, "the turn after it continues from the first");
     // One question alone: an error.
     let got = m1("chat", &["--context", "160", "--prompt", &long], "");
     assert!(got.mistake().contains("the context holds 160"));
     // A reply that fills it ends with a word about it.
-    let got = m1(
-        "chat",
-        &["--context", "100", "--stats", "--prompt", "a"],
-        "",
-    )
-    .ok();
-    assert!(
-        got.stderr.contains("the context of 100 tokens is full"),
-        "{}",
-        got.stderr
-    );
+    let got = m1("chat", &["--context", "100", "--stats", "--prompt", "a"], "").ok();
+    assert!(got.stderr.contains("the context of 100 tokens is full"), "{}", got.stderr);
     let s = stats(&got.stderr);
     assert_eq!(s[0][1] + s[0][2], 100);
 }
@@ -180,9 +125,7 @@ fn commands_answer_and_mistakes_do_not_end_the_chat() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_stops_the_reply_and_the_next_turn_goes_on_from_it() {
-    let mut child = command("chat", &["--stats", "--seed", "3", "--context", "1000000"])
-        .spawn()
-        .unwrap();
+    let mut child = command("chat", &["--stats", "--seed", "3", "--context", "1000000"]).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -197,9 +140,7 @@ fn ctrl_c_stops_the_reply_and_the_next_turn_goes_on_from_it() {
         }
     });
     let interrupt = || {
-        let status = std::process::Command::new("kill")
-            .args(["-INT", &child.id().to_string()])
-            .status();
+        let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
         assert!(status.unwrap().success());
     };
     let mut until = |wanted: &str| loop {
@@ -223,11 +164,7 @@ fn ctrl_c_stops_the_reply_and_the_next_turn_goes_on_from_it() {
     interrupt();
     until("[stopped]");
     let second = stats(&until("prompt "))[0];
-    assert_eq!(
-        second[0],
-        first[1] + first[2] - 1,
-        "prompt and reply are still there"
-    );
+    assert_eq!(second[0], first[1] + first[2] - 1, "prompt and reply are still there");
     drop(stdin);
     assert!(child.wait().unwrap().success());
     drain.join().unwrap();
@@ -235,22 +172,10 @@ fn ctrl_c_stops_the_reply_and_the_next_turn_goes_on_from_it() {
 
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
-    let mut child = command("chat", &["--prompt", "Hi", "-n", "3000"])
-        .spawn()
-        .unwrap();
-    child
-        .stdout
-        .take()
-        .unwrap()
-        .read_exact(&mut [0; 4])
-        .unwrap();
+    let mut child = command("chat", &["--prompt", "Hi", "-n", "3000"]).spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0; 4]).unwrap();
     let output = child.wait_with_output().unwrap();
-    assert_eq!(
-        output.status.code(),
-        Some(0),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -261,11 +186,7 @@ fn mistakes_are_one_line_each() {
     assert!(mistake(&["--nonsense"]).contains("'--nonsense'"));
     assert!(mistake(&["--prompt", " "]).contains("--prompt: the text is empty"));
     let bare = |args: &[&str]| run(bare(args), "");
-    assert!(
-        bare(&["chat", "--model", "x", "--device", "tpu"])
-            .mistake()
-            .contains("use auto, cpu, wgpu")
-    );
+    assert!(bare(&["chat", "--model", "x", "--device", "tpu"]).mistake().contains("use auto, cpu, wgpu"));
     assert!(bare(&["chat"]).mistake().contains("--model <DIR>"));
     let got = bare(&["chat", "--model", "/no/such", "--device", "cpu"]);
     assert_eq!(got.code, Some(1));
@@ -275,31 +196,13 @@ fn mistakes_are_one_line_each() {
     for file in std::fs::read_dir(checkpoint()).unwrap().map(|f| f.unwrap()) {
         std::fs::copy(file.path(), dir.path().join(file.file_name())).unwrap();
     }
-    let chat = || {
-        bare(&[
-            "chat",
-            "--model",
-            dir.path().to_str().unwrap(),
-            "--device",
-            "cpu",
-            "--prompt",
-            "a",
-        ])
-    };
+    let chat = || bare(&["chat", "--model", dir.path().to_str().unwrap(), "--device", "cpu", "--prompt", "a"]);
     std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
     assert!(chat().mistake().contains("no chat template"));
     let mut large = tokenizer();
-    large.add_tokens(&std::array::from_fn::<_, 70, _>(|i| {
-        AddedToken::from(format!("<{i}>"), false)
-    }));
-    large
-        .save(dir.path().join("tokenizer.json"), false)
-        .unwrap();
-    assert!(
-        chat()
-            .mistake()
-            .contains("ids up to 331, and config.json's vocab_size is 320")
-    );
+    large.add_tokens(&std::array::from_fn::<_, 70, _>(|i| AddedToken::from(format!("<{i}>"), false)));
+    large.save(dir.path().join("tokenizer.json"), false).unwrap();
+    assert!(chat().mistake().contains("ids up to 331, and config.json's vocab_size is 320"));
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
     assert!(chat().mistake().contains("tokenizer.json: not found"));
     let help = bare(&["chat", "--help"]).ok();

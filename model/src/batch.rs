@@ -21,26 +21,17 @@ pub struct Batch {
 impl Batch {
     /// Rows of ids; a row may be empty (that sequence rests). Hidden states of every token are returned.
     pub fn new(rows: Vec<Vec<u32>>) -> Self {
-        Self {
-            rows,
-            outputs: Outputs::All,
-        }
+        Self { rows, outputs: Outputs::All }
     }
 
     /// Returns only each row's last token (nothing of an empty row).
     pub fn last(self) -> Self {
-        Self {
-            outputs: Outputs::Last,
-            ..self
-        }
+        Self { outputs: Outputs::Last, ..self }
     }
 
     /// Returns nothing: for a chunk that only fills the cache.
     pub fn none(self) -> Self {
-        Self {
-            outputs: Outputs::None,
-            ..self
-        }
+        Self { outputs: Outputs::None, ..self }
     }
 
     /// Returns the tokens at these offsets of each row's new tokens.
@@ -48,22 +39,11 @@ impl Batch {
     /// # Panics
     /// If there are not as many lists as rows or an offset is outside its row.
     pub fn at(self, offsets: Vec<Vec<usize>>) -> Self {
-        assert_eq!(
-            offsets.len(),
-            self.rows.len(),
-            "one list of offsets per row"
-        );
+        assert_eq!(offsets.len(), self.rows.len(), "one list of offsets per row");
         for (row, offsets) in self.rows.iter().zip(&offsets) {
-            assert!(
-                offsets.iter().all(|&o| o < row.len()),
-                "an offset is outside its row of {} tokens",
-                row.len()
-            );
+            assert!(offsets.iter().all(|&o| o < row.len()), "an offset is outside its row of {} tokens", row.len());
         }
-        Self {
-            outputs: Outputs::At(offsets),
-            ..self
-        }
+        Self { outputs: Outputs::At(offsets), ..self }
     }
 
     /// The ids.
@@ -113,11 +93,7 @@ impl Layout {
     pub fn new(batch: &Batch, past: &[usize], device: &Device) -> Self {
         let lengths: Vec<usize> = batch.rows.iter().map(Vec::len).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        let positions = lengths
-            .iter()
-            .zip(past)
-            .flat_map(|(&n, &past)| past..past + n)
-            .collect();
+        let positions = lengths.iter().zip(past).flat_map(|(&n, &past)| past..past + n).collect();
         let (mut to_padded, mut to_packed) = (None, None);
         if lengths.iter().any(|&n| n != longest) {
             let (mut padded, mut packed, mut start) = (Vec::new(), Vec::new(), 0);
@@ -130,13 +106,7 @@ impl Layout {
             to_padded = Some(ints(padded, device));
             to_packed = Some(ints(packed, device));
         }
-        Self {
-            lengths,
-            longest,
-            positions,
-            to_padded,
-            to_packed,
-        }
+        Self { lengths, longest, positions, to_padded, to_packed }
     }
 
     /// Row lengths where they differ; `None` when all rows are equally long.
@@ -151,8 +121,7 @@ impl Layout {
             Some(index) => x.select(0, index.clone()),
             None => x,
         };
-        x.reshape([self.lengths.len(), self.longest, heads, dim])
-            .swap_dims(1, 2)
+        x.reshape([self.lengths.len(), self.longest, heads, dim]).swap_dims(1, 2)
     }
 
     /// `[rows, heads, longest, dim] -> [tokens, heads · dim]`.

@@ -41,11 +41,7 @@ pub struct KvRow {
 
 impl KvRow {
     fn new(dtype: DType) -> Self {
-        Self {
-            blocks: Vec::new(),
-            len: 0,
-            dtype,
-        }
+        Self { blocks: Vec::new(), len: 0, dtype }
     }
 
     /// Tokens held.
@@ -71,19 +67,12 @@ impl KvRow {
             let n = (BLOCK - used).min(tokens - taken);
             let part = |x: &Tensor<3>| {
                 let part = x.clone().narrow(1, taken, n);
-                if part.dtype() == self.dtype {
-                    part
-                } else {
-                    part.cast(self.dtype)
-                }
+                if part.dtype() == self.dtype { part } else { part.cast(self.dtype) }
             };
             // Taken out of the list so that its buffer has one owner and is written in place.
             if let Some((k, v)) = self.blocks.pop() {
                 let at = [0..heads, used..used + n, 0..dim];
-                self.blocks.push((
-                    k.slice_assign(at.clone(), part(&keys)),
-                    v.slice_assign(at, part(&values)),
-                ));
+                self.blocks.push((k.slice_assign(at.clone(), part(&keys)), v.slice_assign(at, part(&values))));
             }
             self.len += n;
             taken += n;
@@ -99,16 +88,9 @@ impl KvRow {
                 let used = BLOCK.min(self.len - i * BLOCK);
                 let cut = |x: &Tensor<3>| {
                     let x = x.clone().unsqueeze_dim::<4>(0);
-                    if used == BLOCK {
-                        x
-                    } else {
-                        x.narrow(2, 0, used)
-                    }
+                    if used == BLOCK { x } else { x.narrow(2, 0, used) }
                 };
-                KeyValues {
-                    keys: cut(keys),
-                    values: cut(values),
-                }
+                KeyValues { keys: cut(keys), values: cut(values) }
             })
             .collect()
     }
@@ -165,12 +147,7 @@ impl Cache {
     }
 
     /// As [`Cache::new`], with keys and values kept in `kv_dtype` (the lightning state is f32 always).
-    pub fn with_kv_dtype(
-        config: &ModelConfig,
-        rows: usize,
-        device: &Device,
-        kv_dtype: DType,
-    ) -> Self {
+    pub fn with_kv_dtype(config: &ModelConfig, rows: usize, device: &Device, kv_dtype: DType) -> Self {
         let mut cache = Self {
             layers: Vec::with_capacity(config.num_hidden_layers),
             tokens: vec![Vec::new(); rows],
@@ -189,10 +166,7 @@ impl Cache {
     }
 
     fn zero_state(&self, rows: usize) -> Tensor<4> {
-        Tensor::zeros(
-            [rows, self.heads, self.head_dim, self.head_dim],
-            (&self.device, DType::F32),
-        )
+        Tensor::zeros([rows, self.heads, self.head_dim, self.head_dim], (&self.device, DType::F32))
     }
 
     /// Number of rows.
@@ -225,21 +199,12 @@ impl Cache {
                 LayerCache::Softmax(rows) => RowState::Softmax(rows[row].clone()),
             })
             .collect();
-        Snapshot {
-            tokens: self.tokens[row].clone(),
-            layers,
-        }
+        Snapshot { tokens: self.tokens[row].clone(), layers }
     }
 
     /// A row's state as a tensor of its own, so that a snapshot does not keep the whole batch alive.
     fn state_row(&self, state: &Tensor<4>, row: usize) -> Tensor<4> {
-        if self.rows() == 1 {
-            state.clone()
-        } else {
-            state
-                .clone()
-                .select(0, ints(vec![row as i32], &self.device))
-        }
+        if self.rows() == 1 { state.clone() } else { state.clone().select(0, ints(vec![row as i32], &self.device)) }
     }
 
     /// Puts `snapshot` in the place of whatever `row` holds.
@@ -248,21 +213,13 @@ impl Cache {
     /// If the snapshot is of a model of another configuration.
     pub fn restore(&mut self, row: usize, snapshot: &Snapshot) {
         let rows = self.rows();
-        assert_eq!(
-            snapshot.layers.len(),
-            self.layers.len(),
-            "the snapshot is of another model"
-        );
+        assert_eq!(snapshot.layers.len(), self.layers.len(), "the snapshot is of another model");
         for (layer, kept) in self.layers.iter_mut().zip(&snapshot.layers) {
             match (layer, kept) {
-                (LayerCache::Lightning(state), RowState::Lightning(kept)) if rows == 1 => {
-                    *state = kept.clone()
-                }
+                (LayerCache::Lightning(state), RowState::Lightning(kept)) if rows == 1 => *state = kept.clone(),
                 (LayerCache::Lightning(state), RowState::Lightning(kept)) => {
                     let [_, heads, d_k, d_v] = state.dims();
-                    *state = state
-                        .clone()
-                        .slice_assign([row..row + 1, 0..heads, 0..d_k, 0..d_v], kept.clone());
+                    *state = state.clone().slice_assign([row..row + 1, 0..heads, 0..d_k, 0..d_v], kept.clone());
                 }
                 (LayerCache::Softmax(rows), RowState::Softmax(kept)) => rows[row] = kept.clone(),
                 _ => panic!("the snapshot is of another model"),
@@ -277,11 +234,7 @@ impl Cache {
     /// [`CacheError::OtherText`] if the row's text does not begin with the snapshot's; the row is left as it was.
     pub fn truncate(&mut self, row: usize, snapshot: &Snapshot) -> Result<(), CacheError> {
         if !self.tokens[row].starts_with(&snapshot.tokens) {
-            return Err(CacheError::OtherText {
-                row,
-                tokens: self.tokens[row].len(),
-                snapshot: snapshot.tokens.len(),
-            });
+            return Err(CacheError::OtherText { row, tokens: self.tokens[row].len(), snapshot: snapshot.tokens.len() });
         }
         self.restore(row, snapshot);
         Ok(())
@@ -292,11 +245,7 @@ impl Cache {
     /// # Panics
     /// If a row does not exist.
     pub fn select(&mut self, rows: &[usize]) {
-        assert!(
-            rows.iter().all(|&row| row < self.rows()),
-            "no such row among {}",
-            self.rows()
-        );
+        assert!(rows.iter().all(|&row| row < self.rows()), "no such row among {}", self.rows());
         let index = ints(rows.iter().map(|&row| row as i32).collect(), &self.device);
         let empty = rows.is_empty().then(|| self.zero_state(0));
         for layer in &mut self.layers {
@@ -307,9 +256,7 @@ impl Cache {
                         None => state.clone().select(0, index.clone()),
                     };
                 }
-                LayerCache::Softmax(kept) => {
-                    *kept = rows.iter().map(|&row| kept[row].clone()).collect()
-                }
+                LayerCache::Softmax(kept) => *kept = rows.iter().map(|&row| kept[row].clone()).collect(),
             }
         }
         self.tokens = rows.iter().map(|&row| self.tokens[row].clone()).collect();
@@ -322,9 +269,7 @@ impl Cache {
         for layer in &mut self.layers {
             match layer {
                 LayerCache::Lightning(state) if none => *state = zero.clone(),
-                LayerCache::Lightning(state) => {
-                    *state = Tensor::cat(vec![state.clone(), zero.clone()], 0)
-                }
+                LayerCache::Lightning(state) => *state = Tensor::cat(vec![state.clone(), zero.clone()], 0),
                 LayerCache::Softmax(rows) => rows.push(KvRow::new(self.kv_dtype)),
             }
         }
@@ -365,9 +310,8 @@ impl Cache {
             return None;
         }
         let blocks = rows[row].blocks();
-        let join = |part: fn(&KeyValues) -> Tensor<4>| {
-            Tensor::cat(blocks.iter().map(part).collect(), 2).squeeze_dim::<3>(0)
-        };
+        let join =
+            |part: fn(&KeyValues) -> Tensor<4>| Tensor::cat(blocks.iter().map(part).collect(), 2).squeeze_dim::<3>(0);
         Some((join(|b| b.keys.clone()), join(|b| b.values.clone())))
     }
 

@@ -97,10 +97,7 @@ impl DecoderLayer {
             (Attention::Softmax(attention), Some(LayerCache::Softmax(rows))) => {
                 attention.forward(h, layout, rotation, Some(rows))
             }
-            _ => panic!(
-                "layer {}: the cache was made for another configuration",
-                self.index
-            ),
+            _ => panic!("layer {}: the cache was made for another configuration", self.index),
         };
         let x = scaled(residual, self.attention_alpha) + scaled(attended, self.attention_beta);
 
@@ -117,9 +114,5 @@ impl DecoderLayer {
 }
 
 fn scaled(x: Tensor<2>, factor: f64) -> Tensor<2> {
-    if factor == 1.0 {
-        x
-    } else {
-        x.mul_scalar(factor)
-    }
+    if factor == 1.0 { x } else { x.mul_scalar(factor) }
 }

@@ -26,9 +26,7 @@ pub enum DeviceError {
     #[error("--device {0}: not a device; use auto, cpu, wgpu, wgpu:N, cuda or cuda:N")]
     Unknown(String),
     /// The backend is not in this binary.
-    #[error(
-        "--device {0}: this binary was built without it; build with --features {0}, or use --device cpu"
-    )]
+    #[error("--device {0}: this binary was built without it; build with --features {0}, or use --device cpu")]
     NotBuilt(&'static str),
     /// There is no such device here.
     #[error("--device {name}:{index}: no such device; found: {found}")]
@@ -95,24 +93,15 @@ impl DeviceChoice {
             Self::Cpu => Ok(cpu()),
             Self::Cuda(index) => cuda(index),
             Self::Wgpu(index) => wgpu(index, true),
-            Self::Auto => Ok(cuda(0)
-                .or_else(|_| wgpu(0, false))
-                .unwrap_or_else(|_| cpu())),
+            Self::Auto => Ok(cuda(0).or_else(|_| wgpu(0, false)).unwrap_or_else(|_| cpu())),
         }
     }
 }
 
 fn cpu() -> OpenDevice {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let name = format!(
-        "CPU ({threads} thread{})",
-        if threads == 1 { "" } else { "s" }
-    );
-    OpenDevice {
-        device: Device::flex(),
-        name,
-        is_cpu: true,
-    }
+    let name = format!("CPU ({threads} thread{})", if threads == 1 { "" } else { "s" });
+    OpenDevice { device: Device::flex(), name, is_cpu: true }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -125,41 +114,19 @@ fn cuda(index: usize) -> Result<OpenDevice, DeviceError> {
     use burn::tensor::DeviceType;
 
     // Burn panics where the driver is missing (libcuda), so ask quietly whether there is one first.
-    let count = if libcuda_present() {
-        Device::enumerate(DeviceType::Cuda).into_vec().len()
-    } else {
-        0
-    };
+    let count = if libcuda_present() { Device::enumerate(DeviceType::Cuda).into_vec().len() } else { 0 };
     if index >= count {
-        let found = if count == 0 {
-            "no CUDA device".to_string()
-        } else {
-            format!("{count} CUDA devices")
-        };
-        return Err(DeviceError::Missing {
-            name: "cuda",
-            index,
-            found,
-        });
+        let found = if count == 0 { "no CUDA device".to_string() } else { format!("{count} CUDA devices") };
+        return Err(DeviceError::Missing { name: "cuda", index, found });
     }
-    Ok(OpenDevice {
-        device: Device::cuda(index),
-        name: format!("CUDA device {index}"),
-        is_cpu: false,
-    })
+    Ok(OpenDevice { device: Device::cuda(index), name: format!("CUDA device {index}"), is_cpu: false })
 }
 
 #[cfg(feature = "cuda")]
 fn libcuda_present() -> bool {
-    let names: &[&str] = if cfg!(windows) {
-        &["nvcuda.dll"]
-    } else {
-        &["libcuda.so.1", "libcuda.so"]
-    };
+    let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
     // SAFETY: loading NVIDIA's driver library runs only its own initialisers; nothing is called in it.
-    names
-        .iter()
-        .any(|name| unsafe { libloading::Library::new(name) }.is_ok())
+    names.iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
 }
 
 #[cfg(not(feature = "wgpu"))]
@@ -174,12 +141,7 @@ fn wgpu(index: usize, software: bool) -> Result<OpenDevice, DeviceError> {
     use burn::tensor::wgpu::wgpu::DeviceType;
 
     let adapters = adapters();
-    let kinds = [
-        DeviceType::DiscreteGpu,
-        DeviceType::IntegratedGpu,
-        DeviceType::VirtualGpu,
-        DeviceType::Cpu,
-    ];
+    let kinds = [DeviceType::DiscreteGpu, DeviceType::IntegratedGpu, DeviceType::VirtualGpu, DeviceType::Cpu];
     let mut devices = Vec::new();
     for kind in &kinds[..if software { 4 } else { 3 }] {
         for (n, (name, _)) in adapters.iter().filter(|(_, k)| k == kind).enumerate() {
@@ -195,23 +157,11 @@ fn wgpu(index: usize, software: bool) -> Result<OpenDevice, DeviceError> {
     }
     let found = match devices.len() {
         0 => "no wgpu adapter".to_string(),
-        _ => devices
-            .iter()
-            .map(|(_, name)| name.as_str())
-            .collect::<Vec<_>>()
-            .join("; "),
+        _ => devices.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>().join("; "),
     };
     match devices.into_iter().nth(index) {
-        Some((kind, name)) => Ok(OpenDevice {
-            device: Device::wgpu(kind),
-            name,
-            is_cpu: false,
-        }),
-        None => Err(DeviceError::Missing {
-            name: "wgpu",
-            index,
-            found,
-        }),
+        Some((kind, name)) => Ok(OpenDevice { device: Device::wgpu(kind), name, is_cpu: false }),
+        None => Err(DeviceError::Missing { name: "wgpu", index, found }),
     }
 }
 
@@ -220,11 +170,7 @@ fn wgpu(index: usize, software: bool) -> Result<OpenDevice, DeviceError> {
 fn adapters() -> Vec<(String, burn::tensor::wgpu::wgpu::DeviceType)> {
     use burn::tensor::wgpu::wgpu::{Backends, Instance, InstanceDescriptor};
 
-    let backends = if cfg!(target_os = "macos") {
-        Backends::METAL
-    } else {
-        Backends::VULKAN | Backends::DX12
-    };
+    let backends = if cfg!(target_os = "macos") { Backends::METAL } else { Backends::VULKAN | Backends::DX12 };
     let mut descriptor = InstanceDescriptor::new_without_display_handle();
     descriptor.backends = backends;
     let instance = Instance::new(descriptor);
@@ -253,10 +199,7 @@ mod tests {
             assert_eq!(choice.to_string(), text);
         }
         for text in ["", "gpu", "cuda:", "cuda:x", "cpu:1", "auto:0", "wgpu:-1"] {
-            assert_eq!(
-                text.parse::<DeviceChoice>(),
-                Err(DeviceError::Unknown(text.to_string()))
-            );
+            assert_eq!(text.parse::<DeviceChoice>(), Err(DeviceError::Unknown(text.to_string())));
         }
     }
 

@@ -55,11 +55,7 @@ impl Experts {
         let weights: Vec<ExpertWeights> = self
             .experts
             .iter()
-            .map(|e| ExpertWeights {
-                w1: e.w1.weight.val(),
-                w2: e.w2.weight.val(),
-                w3: e.w3.weight.val(),
-            })
+            .map(|e| ExpertWeights { w1: e.w1.weight.val(), w2: e.w2.weight.val(), w3: e.w3.weight.val() })
             .collect();
         let y = experts(h, &routing, &weights);
         debug_assert!(dtype == DType::F32 || y.dtype() == dtype);

@@ -15,9 +15,7 @@ impl Linear {
     /// Normal with deviation `gain / √in`.
     pub fn new(input: usize, output: usize, gain: f64, device: &Device) -> Self {
         let std = gain / (input as f64).sqrt();
-        Self {
-            weight: Initializer::Normal { mean: 0.0, std }.init([output, input], device),
-        }
+        Self { weight: Initializer::Normal { mean: 0.0, std }.init([output, input], device) }
     }
 
     /// `[n, in] -> [n, out]` in the dtype of the weight.
@@ -42,10 +40,7 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// A weight of ones.
     pub fn new(dim: usize, eps: f64, device: &Device) -> Self {
-        Self {
-            weight: Initializer::Ones.init([dim], device),
-            eps,
-        }
+        Self { weight: Initializer::Ones.init([dim], device), eps }
     }
 
     /// `[n, dim] -> [n, dim]`, same dtype.
@@ -64,13 +59,7 @@ pub struct Embedding {
 impl Embedding {
     /// Standard normal: the first norm of the model makes any scale of it the same.
     pub fn new(vocab: usize, hidden: usize, device: &Device) -> Self {
-        Self {
-            weight: Initializer::Normal {
-                mean: 0.0,
-                std: 1.0,
-            }
-            .init([vocab, hidden], device),
-        }
+        Self { weight: Initializer::Normal { mean: 0.0, std: 1.0 }.init([vocab, hidden], device) }
     }
 
     /// `ids [n] -> [n, hidden]`.

@@ -30,10 +30,7 @@ pub struct LightningAttention {
 impl LightningAttention {
     /// Fresh weights for layer `layer`.
     pub fn new(config: &ModelConfig, layer: usize, gain: f64, device: &Device) -> Self {
-        let (hidden, inner) = (
-            config.hidden_size,
-            config.num_attention_heads * config.head_dim,
-        );
+        let (hidden, inner) = (config.hidden_size, config.num_attention_heads * config.head_dim);
         Self {
             qkv_proj: Linear::new(hidden, 3 * inner, 1.0, device),
             output_gate: Linear::new(hidden, inner, 1.0, device),
@@ -46,12 +43,7 @@ impl LightningAttention {
     /// `h [tokens, hidden] -> [tokens, hidden]`; `state [rows, heads, head_dim, head_dim]` f32 is read and replaced.
     ///
     /// Without a cache no state is computed at all.
-    pub fn forward(
-        &self,
-        h: Tensor<2>,
-        layout: &Layout,
-        state: Option<&mut Tensor<4>>,
-    ) -> Tensor<2> {
+    pub fn forward(&self, h: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
         let heads = self.slopes.len();
         let qkv = activation::silu(self.qkv_proj.forward(h.clone()));
         let dtype = qkv.dtype();
@@ -62,59 +54,33 @@ impl LightningAttention {
 
         let want_state = state.is_some();
         let before = state.as_deref().cloned();
-        let (o, after) = lightning_attention(
-            part(0),
-            part(1),
-            part(2),
-            &self.slopes,
-            before,
-            layout.uneven(),
-            want_state,
-        );
+        let (o, after) =
+            lightning_attention(part(0), part(1), part(2), &self.slopes, before, layout.uneven(), want_state);
         if let (Some(state), Some(after)) = (state, after) {
             *state = after;
         }
         let o = self.norm.forward(layout.join(o));
         let gate = activation::sigmoid(self.output_gate.forward(h));
-        self.out_proj.forward(
-            gate * if dtype == DType::F32 {
-                o
-            } else {
-                o.cast(dtype)
-            },
-        )
+        self.out_proj.forward(gate * if dtype == DType::F32 { o } else { o.cast(dtype) })
     }
 }
 
 fn to_f32(x: Tensor<2>) -> Tensor<2> {
-    if x.dtype() == DType::F32 {
-        x
-    } else {
-        x.cast(DType::F32)
-    }
+    if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
 }
 
 /// Decay slope of each head at `layer` of `layers`: `alibi(h) · (1 - layer / (layers - 1) + 1e-5)`; for a single layer
 /// the factor is `1 + 1e-5`.
 pub fn decay_slopes(heads: usize, layer: usize, layers: usize) -> Vec<f64> {
-    let depth = if layers > 1 {
-        layer as f64 / (layers - 1) as f64
-    } else {
-        0.0
-    };
-    alibi_slopes(heads)
-        .into_iter()
-        .map(|slope| slope * (1.0 - depth + 1e-5))
-        .collect()
+    let depth = if layers > 1 { layer as f64 / (layers - 1) as f64 } else { 0.0 };
+    alibi_slopes(heads).into_iter().map(|slope| slope * (1.0 - depth + 1e-5)).collect()
 }
 
 /// ALiBi's slopes: `2^(-8(h+1)/H)`; off powers of two those of the power below, then every second of the one above.
 fn alibi_slopes(heads: usize) -> Vec<f64> {
     let power = |n: usize| (0..n).map(move |h| (-8.0 * (h + 1) as f64 / n as f64).exp2());
     let lower = 1 << heads.ilog2();
-    power(lower)
-        .chain(power(2 * lower).step_by(2).take(heads - lower))
-        .collect()
+    power(lower).chain(power(2 * lower).step_by(2).take(heads - lower)).collect()
 }
 
 #[cfg(test)]

@@ -41,9 +41,7 @@ impl M1 {
         Self {
             model: Decoder {
                 embed_tokens: Embedding::new(config.vocab_size, config.hidden_size, device),
-                layers: (0..config.num_hidden_layers)
-                    .map(|i| DecoderLayer::new(config, i, device))
-                    .collect(),
+                layers: (0..config.num_hidden_layers).map(|i| DecoderLayer::new(config, i, device)).collect(),
                 norm: RmsNorm::new(config.hidden_size, config.rms_norm_eps, device),
             },
             // Small: an untrained model should call every token equally likely.
@@ -70,19 +68,10 @@ impl M1 {
     ///
     /// # Panics
     /// If the cache has another number of rows or an id is outside the vocabulary.
-    pub fn forward(
-        &self,
-        batch: &Batch,
-        mut cache: Option<&mut Cache>,
-        trace: &mut Trace,
-    ) -> Tensor<2> {
+    pub fn forward(&self, batch: &Batch, mut cache: Option<&mut Cache>, trace: &mut Trace) -> Tensor<2> {
         let device = self.device();
         if let Some(cache) = &cache {
-            assert_eq!(
-                cache.rows(),
-                batch.rows().len(),
-                "the batch needs as many rows as the cache"
-            );
+            assert_eq!(cache.rows(), batch.rows().len(), "the batch needs as many rows as the cache");
         }
         if batch.tokens() == 0 {
             return Tensor::zeros([0, self.config.hidden_size], &device);
@@ -92,33 +81,16 @@ impl M1 {
             None => vec![0; batch.rows().len()],
         };
         let layout = Layout::new(batch, &past, &device);
-        let rotation = Rotation::new(
-            &layout.positions,
-            self.config.rotary_dim,
-            self.config.rope_theta,
-            &device,
-        );
+        let rotation = Rotation::new(&layout.positions, self.config.rotary_dim, self.config.rope_theta, &device);
         let ids = batch.rows().iter().flatten().map(|&id| {
-            assert!(
-                (id as usize) < self.config.vocab_size,
-                "token id {id} is outside the vocabulary"
-            );
+            assert!((id as usize) < self.config.vocab_size, "token id {id} is outside the vocabulary");
             id as i32
         });
 
-        let mut x = self
-            .model
-            .embed_tokens
-            .forward(ints(ids.collect(), &device));
+        let mut x = self.model.embed_tokens.forward(ints(ids.collect(), &device));
         for (i, layer) in self.model.layers.iter().enumerate() {
             trace.saw_hidden(&x);
-            x = layer.forward(
-                x,
-                &layout,
-                &rotation,
-                cache.as_deref_mut().map(|c| c.layer_mut(i)),
-                trace,
-            );
+            x = layer.forward(x, &layout, &rotation, cache.as_deref_mut().map(|c| c.layer_mut(i)), trace);
         }
         if let Some(cache) = cache {
             cache.advance(batch.rows());
@@ -128,10 +100,7 @@ impl M1 {
             return Tensor::zeros([0, self.config.hidden_size], &device);
         }
         if let Some(wanted) = wanted {
-            x = x.select(
-                0,
-                ints(wanted.into_iter().map(|i| i as i32).collect(), &device),
-            );
+            x = x.select(0, ints(wanted.into_iter().map(|i| i as i32).collect(), &device));
         }
         let x = self.model.norm.forward(x);
         trace.saw_hidden(&x);
@@ -161,7 +130,5 @@ pub fn router_aux_loss(trace: &Trace, config: &ModelConfig) -> Tensor<1> {
     }
     let load = Tensor::<1>::from_floats(load.as_slice(), &logits.device());
     let probability: Tensor<1> = softmax(logits, 1).mean_dim(0).squeeze_dim(0);
-    (probability * load)
-        .sum()
-        .mul_scalar(experts as f64 * config.router_aux_loss_coef)
+    (probability * load).sum().mul_scalar(experts as f64 * config.router_aux_loss_coef)
 }

@@ -52,18 +52,13 @@ impl SoftmaxAttention {
         let q = self.rotated(self.q_proj.forward(h.clone()), self.heads, rotation);
         let k = self.rotated(self.k_proj.forward(h.clone()), self.kv_heads, rotation);
         let v = self.v_proj.forward(h);
-        let (q, k, v) = (
-            layout.heads(q, self.heads),
-            layout.heads(k, self.kv_heads),
-            layout.heads(v, self.kv_heads),
-        );
+        let (q, k, v) = (layout.heads(q, self.heads), layout.heads(k, self.kv_heads), layout.heads(v, self.kv_heads));
         let o = match cache {
             None => softmax_attention(q, &in_blocks(k, v), 0),
             Some(rows) => self.over_cache(q, k, v, layout, rows),
         };
         let o = layout.join(o);
-        self.o_proj
-            .forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
+        self.o_proj.forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
     }
 
     fn rotated(&self, x: Tensor<2>, heads: usize, rotation: &Rotation) -> Tensor<2> {
@@ -72,14 +67,7 @@ impl SoftmaxAttention {
     }
 
     /// Rows stand at different depths, so each attends to its own blocks.
-    fn over_cache(
-        &self,
-        q: Tensor<4>,
-        k: Tensor<4>,
-        v: Tensor<4>,
-        layout: &Layout,
-        rows: &mut [KvRow],
-    ) -> Tensor<4> {
+    fn over_cache(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, layout: &Layout, rows: &mut [KvRow]) -> Tensor<4> {
         let [_, heads, longest, dim] = q.dims();
         let mut outputs = Vec::with_capacity(rows.len());
         for (i, (row, &tokens)) in rows.iter_mut().zip(&layout.lengths).enumerate() {
@@ -112,10 +100,7 @@ fn in_blocks(k: Tensor<4>, v: Tensor<4>) -> Vec<KeyValues> {
         .step_by(BLOCK)
         .map(|start| {
             let n = BLOCK.min(tokens - start);
-            KeyValues {
-                keys: k.clone().narrow(2, start, n),
-                values: v.clone().narrow(2, start, n),
-            }
+            KeyValues { keys: k.clone().narrow(2, start, n), values: v.clone().narrow(2, start, n) }
         })
         .collect()
 }

@@ -25,19 +25,12 @@ impl Trace {
 
     /// Collects router logits and choices.
     pub fn router() -> Self {
-        Self {
-            want_router: true,
-            ..Self::default()
-        }
+        Self { want_router: true, ..Self::default() }
     }
 
     /// Collects hidden states as well as what the router did.
     pub fn hidden() -> Self {
-        Self {
-            want_router: true,
-            want_hidden: true,
-            ..Self::default()
-        }
+        Self { want_router: true, want_hidden: true, ..Self::default() }
     }
 
     /// Takes the expert choices of an earlier pass over the same tokens, layer by layer, instead of the router's.

@@ -45,45 +45,22 @@ pub struct Golden {
 impl Golden {
     /// One of `tests/goldens/`.
     pub fn open(name: &str) -> Self {
-        Self::at(
-            &Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join("goldens")
-                .join(name),
-            "logits",
-        )
+        Self::at(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name), "logits")
     }
 
     /// A directory in the form of `make_checkpoint.py`; `logits` names the float64 logits, of the text's last tokens.
     pub fn at(dir: &Path, logits: &str) -> Self {
         let recorded = read(&dir.join("golden.safetensors"));
-        let config = ModelConfig::from_file(dir.join("config.json"))
-            .expect("a golden's config.json is valid");
-        let tokens: Vec<u32> = recorded["tokens"]
-            .values
-            .iter()
-            .map(|&t| t as u32)
-            .collect();
+        let config = ModelConfig::from_file(dir.join("config.json")).expect("a golden's config.json is valid");
+        let tokens: Vec<u32> = recorded["tokens"].values.iter().map(|&t| t as u32).collect();
         let logits = recorded[logits].clone();
         let scalar = |name: &str| recorded.get(name).map(|r| r.values[0]);
         // 2e-3 at a deviation of 10, or four times what float32 costs the reference itself.
-        let bound = (2e-3 * scalar("logit_std").unwrap_or_else(|| deviation(&logits.values))
-            / 10.0)
+        let bound = (2e-3 * scalar("logit_std").unwrap_or_else(|| deviation(&logits.values)) / 10.0)
             .max(4.0 * scalar("f32_error").unwrap_or(0.0));
-        let name = dir
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default();
+        let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let cache_after = tokens.len();
-        Self {
-            name,
-            dir: dir.to_path_buf(),
-            config,
-            tokens,
-            recorded,
-            cache_after,
-            bound,
-            logits,
-        }
+        Self { name, dir: dir.to_path_buf(), config, tokens, recorded, cache_after, bound, logits }
     }
 
     /// The model in f32.
@@ -93,12 +70,8 @@ impl Golden {
 
     /// The model with weights of `dtype`.
     pub fn model_in(&self, dtype: WeightDtype, device: &Device) -> M1 {
-        let options = LoadOptions {
-            dtype: Some(dtype),
-            ..LoadOptions::default()
-        };
-        checkpoint::load(&self.dir, device, &options)
-            .unwrap_or_else(|e| panic!("{}: {e}", self.name))
+        let options = LoadOptions { dtype: Some(dtype), ..LoadOptions::default() };
+        checkpoint::load(&self.dir, device, &options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
     /// First token whose logits are recorded.
@@ -110,20 +83,10 @@ impl Golden {
     /// argmax equal where float64's two best differ by more than twice the bound. Gives the largest error.
     pub fn check_logits(&self, first: usize, logits: &Tensor<2>, what: &str) -> f64 {
         let [rows, vocab] = logits.dims();
-        assert_eq!(
-            vocab, self.logits.shape[1],
-            "{} {what}: size of the vocabulary",
-            self.name
-        );
+        assert_eq!(vocab, self.logits.shape[1], "{} {what}: size of the vocabulary", self.name);
         let start = (first - self.first_recorded()) * vocab;
         let want = &self.logits.values[start..start + rows * vocab];
-        check_logits(
-            &values(logits),
-            want,
-            vocab,
-            self.bound,
-            &format!("{} {what}", self.name),
-        )
+        check_logits(&values(logits), want, vocab, self.bound, &format!("{} {what}", self.name))
     }
 
     /// Holds the state, keys and values of `row` against those recorded.
@@ -132,21 +95,12 @@ impl Golden {
     }
 
     /// As [`Golden::check_cache`] where the file has other names for the three.
-    pub fn check_cache_names(
-        &self,
-        cache: &Cache,
-        row: usize,
-        what: &str,
-        [state, k, v]: [&str; 3],
-    ) {
+    pub fn check_cache_names(&self, cache: &Cache, row: usize, what: &str, [state, k, v]: [&str; 3]) {
         let compare = |name: String, got: Vec<f64>| {
             let Some(want) = self.recorded.get(&name) else {
                 return 0;
             };
-            let (l2, max) = (
-                relative_l2(&got, &want.values),
-                relative_max(&got, &want.values),
-            );
+            let (l2, max) = (relative_l2(&got, &want.values), relative_max(&got, &want.values));
             assert!(
                 l2 <= CACHE_TOLERANCE && max <= CACHE_TOLERANCE,
                 "{} {what}: {name} of row {row} is off by {l2:.1e} (L2) and {max:.1e} (largest), relative",
@@ -165,11 +119,7 @@ impl Golden {
                 compared += compare(format!("{v}_{layer}"), values(&vals.swap_dims(0, 1)));
             }
         }
-        assert!(
-            compared > 0,
-            "{} {what}: nothing was recorded to compare with",
-            self.name
-        );
+        assert!(compared > 0, "{} {what}: nothing was recorded to compare with", self.name);
     }
 }
 
@@ -179,18 +129,10 @@ pub fn check_logits(got: &[f64], want: &[f64], vocab: usize, bound: f64, what: &
     let mut worst = 0f64;
     for (i, (got, want)) in got.chunks(vocab).zip(want.chunks(vocab)).enumerate() {
         let error = largest(got.iter().zip(want).map(|(g, w)| g - w));
-        assert!(
-            error <= bound,
-            "{what}: logits of token {i} are off by {error:.2e}, bound {bound:.2e}"
-        );
+        assert!(error <= bound, "{what}: logits of token {i} are off by {error:.2e}, bound {bound:.2e}");
         worst = worst.max(error);
         let best = argmax(want);
-        let second = want
-            .iter()
-            .enumerate()
-            .filter(|&(j, _)| j != best)
-            .map(|(_, &w)| w)
-            .fold(f64::MIN, f64::max);
+        let second = want.iter().enumerate().filter(|&(j, _)| j != best).map(|(_, &w)| w).fold(f64::MIN, f64::max);
         if want[best] - second > 2.0 * bound {
             assert_eq!(argmax(got), best, "{what}: argmax of token {i}");
         }
@@ -211,42 +153,17 @@ fn deviation(values: &[f64]) -> f64 {
 /// All tensors of a safetensors file, widened to f64.
 pub fn read(path: &Path) -> HashMap<String, Recorded> {
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let file =
-        SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     file.iter()
         .map(|(name, tensor)| {
             let data = tensor.data();
             let values = match tensor.dtype() {
-                Dtype::F64 => data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| f64::from_le_bytes(b))
-                    .collect(),
-                Dtype::F32 => data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| f32::from_le_bytes(b).into())
-                    .collect(),
-                Dtype::I32 => data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| i32::from_le_bytes(b).into())
-                    .collect(),
-                other => panic!(
-                    "{}: {name} has the unexpected dtype {other:?}",
-                    path.display()
-                ),
+                Dtype::F64 => data.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
+                Dtype::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b).into()).collect(),
+                Dtype::I32 => data.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b).into()).collect(),
+                other => panic!("{}: {name} has the unexpected dtype {other:?}", path.display()),
             };
-            (
-                name.to_string(),
-                Recorded {
-                    shape: tensor.shape().to_vec(),
-                    values,
-                },
-            )
+            (name.to_string(), Recorded { shape: tensor.shape().to_vec(), values })
         })
         .collect()
 }
@@ -257,10 +174,7 @@ mod tests {
 
     #[test]
     fn the_bound_is_kept() {
-        assert_eq!(
-            check_logits(&[1.0, 2.0, 3.0, 0.5], &[1.0, 2.25, 3.0, 0.5], 2, 0.25, "x"),
-            0.25
-        );
+        assert_eq!(check_logits(&[1.0, 2.0, 3.0, 0.5], &[1.0, 2.25, 3.0, 0.5], 2, 0.25, "x"), 0.25);
     }
 
     #[test]

@@ -44,13 +44,10 @@ pub fn relative_l2(got: &[f64], want: &[f64]) -> f64 {
 /// `max |got − want| / max |want|`.
 pub fn relative_max(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len(), "sizes differ");
-    largest(got.iter().zip(want).map(|(g, w)| g - w))
-        / largest(want.iter().copied()).max(f64::MIN_POSITIVE)
+    largest(got.iter().zip(want).map(|(g, w)| g - w)) / largest(want.iter().copied()).max(f64::MIN_POSITIVE)
 }
 
 /// Largest magnitude; NaN counts as infinite, so that it passes no bound.
 pub fn largest(values: impl Iterator<Item = f64>) -> f64 {
-    values
-        .map(|v| if v.is_nan() { f64::INFINITY } else { v.abs() })
-        .fold(0.0, f64::max)
+    values.map(|v| if v.is_nan() { f64::INFINITY } else { v.abs() }).fold(0.0, f64::max)
 }

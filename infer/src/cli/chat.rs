@@ -54,10 +54,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     chat.system = args.system;
     chat.thinking = !args.no_think;
     chat.max_new = args.max_tokens.or(chat.max_new);
-    let options = ReplOptions {
-        stats: args.stats,
-        hide_thinking: args.hide_thinking,
-    };
+    let options = ReplOptions { stats: args.stats, hide_thinking: args.hide_thinking };
     match args.prompt {
         None => repl::run(&mut chat, options)?,
         Some(prompt) => {

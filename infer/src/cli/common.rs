@@ -33,20 +33,12 @@ impl ModelArgs {
 
     /// How to load, with the context limited to `context` tokens.
     pub fn settings(&self, context: Option<usize>) -> LoadSettings {
-        LoadSettings {
-            dtype: self.dtype,
-            rotary_dim: self.rotary_dim,
-            context,
-        }
+        LoadSettings { dtype: self.dtype, rotary_dim: self.rotary_dim, context }
     }
 
     /// Loads model and tokenizer.
     pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
-        Ok(Assets::load(
-            &self.model,
-            &self.open_device()?,
-            &self.settings(context),
-        )?)
+        Ok(Assets::load(&self.model, &self.open_device()?, &self.settings(context))?)
     }
 }
 
@@ -81,9 +73,7 @@ impl SamplingArgs {
             top_p: self.top_p.unwrap_or(defaults.top_p),
             top_k: self.top_k.unwrap_or(defaults.top_k),
             min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self
-                .repetition_penalty
-                .unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: self.seed.or(defaults.seed),
         };
         options.validate()?;

@@ -61,11 +61,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let assets = args.model.load(args.context)?;
     let mut sampler = assets.sampler(args.sampling.over(assets.generation.sampling())?)?;
     let ids = assets.tokenizer.encode(&prompt, true)?;
-    let end_ids = if args.ignore_eos {
-        &[][..]
-    } else {
-        &assets.end_ids
-    };
+    let end_ids = if args.ignore_eos { &[][..] } else { &assets.end_ids };
     let unescape = |stop: &String| stop.replace("\\n", "\n").replace("\\t", "\t");
     let mut stops = StopStrings::new(args.stop.iter().map(unescape));
 
@@ -84,11 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut failed = None;
     let mut show = |piece: &str| {
         text.push_str(piece);
-        if args.json || piece.is_empty() {
-            Ok(())
-        } else {
-            out.write_all(piece.as_bytes()).and_then(|()| out.flush())
-        }
+        if args.json || piece.is_empty() { Ok(()) } else { out.write_all(piece.as_bytes()).and_then(|()| out.flush()) }
     };
     let finish = session.generate(&mut sampler, end_ids, Some(args.max_tokens), &mut |drawn| {
         made.push(drawn.id);
@@ -142,9 +134,7 @@ fn prompt(args: &Args) -> anyhow::Result<String> {
         (Some(text), _) => ("--prompt".to_string(), text.clone()),
         (None, Some(path)) if path.as_os_str() == "-" => {
             let mut text = String::new();
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("--prompt-file -")?;
+            std::io::stdin().read_to_string(&mut text).context("--prompt-file -")?;
             ("standard input".to_string(), text)
         }
         (None, Some(path)) => {

@@ -52,45 +52,28 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let vocab = model.config().vocab_size;
     for (r, row) in rows.iter().enumerate() {
         if let Some(t) = row.iter().position(|&id| id as usize >= vocab) {
-            bail!(
-                "{name}: row {r}, token {t}: id {} is outside the vocabulary (0 to {})",
-                row[t],
-                vocab - 1
-            );
+            bail!("{name}: row {r}, token {t}: id {} is outside the vocabulary (0 to {})", row[t], vocab - 1);
         }
     }
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let out = args.out.display().to_string();
     let mut file = LogitsFile::create(&args.out, &lengths, vocab).context(out.clone())?;
-    let chunk = args
-        .chunk
-        .map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-    for_all_tokens(
-        &model,
-        &rows,
-        chunk,
-        args.decode_from,
-        &mut |r, start, logits| file.put(r, start, logits).context(out.clone()),
-    )?;
+    let chunk = args.chunk.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    for_all_tokens(&model, &rows, chunk, args.decode_from, &mut |r, start, logits| {
+        file.put(r, start, logits).context(out.clone())
+    })?;
     file.finish(&args.out).context(out)
 }
 
 /// Reads `[[id, …], …]`.
 fn read_rows(path: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let value: Value = serde_json::from_str(&std::fs::read_to_string(path)?).context("not JSON")?;
-    let Value::Array(rows) = value else {
-        bail!("an array of arrays of token ids is wanted, as in [[1, 2], [3]]")
-    };
-    ensure!(
-        !rows.is_empty(),
-        "there are no rows: an array of arrays of token ids is wanted, as in [[1, 2], [3]]"
-    );
+    let Value::Array(rows) = value else { bail!("an array of arrays of token ids is wanted, as in [[1, 2], [3]]") };
+    ensure!(!rows.is_empty(), "there are no rows: an array of arrays of token ids is wanted, as in [[1, 2], [3]]");
     rows.iter()
         .enumerate()
         .map(|(r, row)| {
-            let Value::Array(row) = row else {
-                bail!("row {r} is {row}, and must be an array of token ids")
-            };
+            let Value::Array(row) = row else { bail!("row {r} is {row}, and must be an array of token ids") };
             let id = |(t, id): (usize, &Value)| {
                 let id32 = id.as_u64().and_then(|id| u32::try_from(id).ok());
                 id32.with_context(|| format!("row {r}, token {t}: {id} is not a token id"))
@@ -116,35 +99,27 @@ fn for_all_tokens(
     let slab = (SLAB / (4 * vocab)).max(1);
     let mut cache = Cache::new(model.config(), rows.len(), &model.device());
     let mut done = vec![0; rows.len()];
-    let mut step =
-        |done: &mut Vec<usize>, until: &dyn Fn(usize, usize) -> usize| -> anyhow::Result<bool> {
-            let new: Vec<Vec<u32>> = rows
-                .iter()
-                .zip(&*done)
-                .enumerate()
-                .map(|(r, (row, &at))| row[at..until(r, at).max(at)].to_vec())
-                .collect();
-            let lengths: Vec<usize> = new.iter().map(Vec::len).collect();
-            if lengths.iter().all(|&n| n == 0) {
-                return Ok(false);
+    let mut step = |done: &mut Vec<usize>, until: &dyn Fn(usize, usize) -> usize| -> anyhow::Result<bool> {
+        let new: Vec<Vec<u32>> =
+            rows.iter().zip(&*done).enumerate().map(|(r, (row, &at))| row[at..until(r, at).max(at)].to_vec()).collect();
+        let lengths: Vec<usize> = new.iter().map(Vec::len).collect();
+        if lengths.iter().all(|&n| n == 0) {
+            return Ok(false);
+        }
+        let hidden = model.forward(&Batch::new(new), Some(&mut cache), &mut Trace::none());
+        let mut first = 0;
+        for (r, &n) in lengths.iter().enumerate() {
+            for start in (0..n).step_by(slab) {
+                let end = (start + slab).min(n);
+                let part: Tensor<2> = hidden.clone().narrow(0, first + start, end - start);
+                put(r, done[r] + start, &to_host(model.logits(part))?)?;
             }
-            let hidden = model.forward(&Batch::new(new), Some(&mut cache), &mut Trace::none());
-            let mut first = 0;
-            for (r, &n) in lengths.iter().enumerate() {
-                for start in (0..n).step_by(slab) {
-                    let end = (start + slab).min(n);
-                    let part: Tensor<2> = hidden.clone().narrow(0, first + start, end - start);
-                    put(r, done[r] + start, &to_host(model.logits(part))?)?;
-                }
-                first += n;
-                done[r] += n;
-            }
-            Ok(true)
-        };
-    let prefill: Vec<usize> = rows
-        .iter()
-        .map(|row| decode_from.map_or(row.len(), |k| k.min(row.len())))
-        .collect();
+            first += n;
+            done[r] += n;
+        }
+        Ok(true)
+    };
+    let prefill: Vec<usize> = rows.iter().map(|row| decode_from.map_or(row.len(), |k| k.min(row.len()))).collect();
     while step(&mut done, &|r, at| at.saturating_add(chunk).min(prefill[r]))? {}
     while step(&mut done, &|r, at| (at + 1).min(rows[r].len()))? {}
     Ok(())
@@ -176,18 +151,12 @@ impl LogitsFile {
         file.write_all(header.as_bytes())?;
         let data = 8 + header.len() as u64;
         file.as_file().set_len(data + at)?;
-        Ok(Self {
-            file,
-            starts: starts.into_iter().map(|s| s + data).collect(),
-            vocab,
-        })
+        Ok(Self { file, starts: starts.into_iter().map(|s| s + data).collect(), vocab })
     }
 
     /// Writes logits of row `r` from its token `start` on.
     fn put(&mut self, r: usize, start: usize, logits: &[f32]) -> std::io::Result<()> {
-        self.file.seek(SeekFrom::Start(
-            self.starts[r] + (start * self.vocab * 4) as u64,
-        ))?;
+        self.file.seek(SeekFrom::Start(self.starts[r] + (start * self.vocab * 4) as u64))?;
         let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
         self.file.write_all(&bytes)
     }
@@ -236,17 +205,11 @@ mod tests {
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let read = |name: &str| {
             let view = tensors.tensor(name).unwrap();
-            let values: Vec<f32> = view
-                .data()
-                .chunks(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect();
+            let values: Vec<f32> =
+                view.data().chunks(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             (view.shape().to_vec(), values)
         };
-        assert_eq!(
-            read("logits_0"),
-            (vec![2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-        );
+        assert_eq!(read("logits_0"), (vec![2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
         assert_eq!(read("logits_1"), (vec![0, 3], vec![]));
         assert_eq!(read("logits_2"), (vec![1, 3], vec![7.0, 8.0, 9.0]));
     }

@@ -61,11 +61,7 @@ pub fn parse<P: Parser>() -> Result<P, ExitCode> {
             note!("{}", text.trim_end());
             return ExitCode::from(2);
         }
-        let first: Vec<&str> = text
-            .lines()
-            .take_while(|line| !line.is_empty())
-            .map(str::trim)
-            .collect();
+        let first: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
         note!("{} (--help tells more)", first.join(" "));
         ExitCode::from(2)
     })

@@ -43,20 +43,13 @@ fn write_checkpoint(dir: &Path) {
     };
     let device = Device::flex();
     device.seed(11);
-    let options = SaveOptions {
-        dtype: WeightDtype::F32,
-        max_shard_bytes: 1 << 30,
-    };
+    let options = SaveOptions { dtype: WeightDtype::F32, max_shard_bytes: 1 << 30 };
     save(dir, &M1::new(&config, &device), &options).unwrap();
     tokenizer().save(dir.join("tokenizer.json"), false).unwrap();
     let template = include_str!("../data/chat_template.jinja");
     let tokens = serde_json::json!({"eos_token": "<end_of_sentence>", "chat_template": template});
     std::fs::write(dir.join("tokenizer_config.json"), tokens.to_string()).unwrap();
-    std::fs::write(
-        dir.join("generation_config.json"),
-        format!("{{\"eos_token_id\": {UNKNOWN}}}"),
-    )
-    .unwrap();
+    std::fs::write(dir.join("generation_config.json"), format!("{{\"eos_token_id\": {UNKNOWN}}}")).unwrap();
 }
 
 /// The 256 bytes, M1's special tokens and the tags of thinking.
@@ -64,19 +57,11 @@ pub fn tokenizer() -> Tokenizer {
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
     let vocab: [(String, u32); 256] = std::array::from_fn(|i| (alphabet[i].to_string(), i as u32));
-    let bpe = BPE::builder()
-        .vocab_and_merges(vocab, Vec::new())
-        .build()
-        .unwrap();
+    let bpe = BPE::builder().vocab_and_merges(vocab, Vec::new()).build().unwrap();
     let mut tokenizer = Tokenizer::new(bpe);
     tokenizer.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    let special = [
-        "<begin_of_document>",
-        "<end_of_document>",
-        "<beginning_of_sentence>",
-        "<end_of_sentence>",
-    ];
+    let special = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"];
     tokenizer.add_special_tokens(&special.map(|t| AddedToken::from(t, true)));
     tokenizer.add_tokens(&["<think>", "</think>"].map(|t| AddedToken::from(t, false)));
     tokenizer
@@ -92,18 +77,9 @@ pub struct Run {
 impl Run {
     /// The only line on standard error that tells of a mistake; nothing may stand on standard output.
     pub fn mistake(&self) -> &str {
-        assert!(
-            !matches!(self.code, Some(0) | None),
-            "{} {}",
-            self.stdout,
-            self.stderr
-        );
+        assert!(!matches!(self.code, Some(0) | None), "{} {}", self.stdout, self.stderr);
         assert_eq!(self.stdout, "");
-        let lines: Vec<&str> = self
-            .stderr
-            .lines()
-            .filter(|l| !l.starts_with("device: "))
-            .collect();
+        let lines: Vec<&str> = self.stderr.lines().filter(|l| !l.starts_with("device: ")).collect();
         assert_eq!(lines.len(), 1, "{}", self.stderr);
         lines[0]
     }
@@ -117,22 +93,14 @@ impl Run {
 /// `m1 COMMAND --model CHECKPOINT --device cpu ARGS`, ready to be started.
 pub fn command(name: &str, args: &[&str]) -> Command {
     let mut command = bare(&[name]);
-    command
-        .arg("--model")
-        .arg(checkpoint())
-        .args(["--device", "cpu"])
-        .args(args);
+    command.arg("--model").arg(checkpoint()).args(["--device", "cpu"]).args(args);
     command
 }
 
 /// `m1 ARGS` and nothing else.
 pub fn bare(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_m1"));
-    command
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
@@ -142,11 +110,7 @@ pub fn run(mut command: Command, stdin: &str) -> Run {
     let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
     let output = child.wait_with_output().unwrap();
     let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
-    Run {
-        code: output.status.code(),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
-    }
+    Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 pub fn m1(name: &str, args: &[&str], stdin: &str) -> Run {

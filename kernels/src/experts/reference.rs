@@ -66,7 +66,8 @@ mod tests {
             for (e, w) in weights.iter().enumerate() {
                 let share: Vec<f32> = (0..tokens).map(|t| dense[t * count + e]).collect();
                 let share = Tensor::<1>::from_floats(share.as_slice(), &device).reshape([tokens, 1]);
-                let inner = silu(x.clone().matmul(w.w1.clone().transpose())) * x.clone().matmul(w.w3.clone().transpose());
+                let inner =
+                    silu(x.clone().matmul(w.w1.clone().transpose())) * x.clone().matmul(w.w3.clone().transpose());
                 expected = expected + inner.matmul(w.w2.clone().transpose()) * share;
             }
             let got = experts(x, &routing, &weights);

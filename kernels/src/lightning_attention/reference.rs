@@ -147,10 +147,18 @@ mod tests {
         for tokens in [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 37] {
             let (rows, dim) = (2, 5);
             let (q, k, v) = random(rows, slopes.len(), tokens, dim);
-            let initial = Tensor::<4>::random([rows, slopes.len(), dim, dim], Distribution::Normal(0.0, 1.0), &q.device());
+            let initial =
+                Tensor::<4>::random([rows, slopes.len(), dim, dim], Distribution::Normal(0.0, 1.0), &q.device());
             let lengths = [tokens, tokens / 2];
-            let (o, state) =
-                lightning_attention(q.clone(), k.clone(), v.clone(), &slopes, Some(initial.clone()), Some(&lengths), true);
+            let (o, state) = lightning_attention(
+                q.clone(),
+                k.clone(),
+                v.clone(),
+                &slopes,
+                Some(initial.clone()),
+                Some(&lengths),
+                true,
+            );
             let host = |x: Tensor<4>| x.try_into_vec_as::<f32>().unwrap();
             let (q, k, v, o) = (host(q), host(k), host(v), host(o));
             let (initial, state) = (host(initial), host(state.unwrap()));
@@ -160,8 +168,14 @@ mod tests {
                     let used = at..at + length * dim;
                     let s = (row * slopes.len() + h) * dim * dim;
                     let mut expected_state: Vec<f64> = initial[s..s + dim * dim].iter().map(|&x| x as f64).collect();
-                    let expected =
-                        recurrence(&q[used.clone()], &k[used.clone()], &v[used.clone()], slope, dim, &mut expected_state);
+                    let expected = recurrence(
+                        &q[used.clone()],
+                        &k[used.clone()],
+                        &v[used.clone()],
+                        slope,
+                        dim,
+                        &mut expected_state,
+                    );
                     if length > 0 {
                         close(&o[used], &expected);
                     }

@@ -13,10 +13,7 @@ pub fn rotary(x: Tensor<3>, rotation: &Rotation) -> Tensor<3> {
     let first = x.clone().narrow(2, 0, half);
     let second = x.clone().narrow(2, half, half);
     let (cos, sin) = (rotation.cos.clone(), rotation.sin.clone());
-    let mut parts = vec![
-        first.clone() * cos.clone() - second.clone() * sin.clone(),
-        second * cos + first * sin,
-    ];
+    let mut parts = vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin];
     if head_dim > 2 * half {
         parts.push(x.narrow(2, 2 * half, head_dim - 2 * half));
     }

@@ -108,7 +108,9 @@ mod tests {
             let dot = |j: usize| (0..dim).map(|c| q[t * dim + c] as f64 * k[j * dim + c] as f64).sum::<f64>();
             let e: Vec<f64> = (0..=past + t).map(|j| (dot(j) / (dim as f64).sqrt()).exp()).collect();
             let sum: f64 = e.iter().sum();
-            out.extend((0..dim).map(|c| e.iter().enumerate().map(|(j, e)| e / sum * v[j * dim + c] as f64).sum::<f64>()));
+            out.extend(
+                (0..dim).map(|c| e.iter().enumerate().map(|(j, e)| e / sum * v[j * dim + c] as f64).sum::<f64>()),
+            );
         }
         out
     }
@@ -138,13 +140,8 @@ mod tests {
                     for head in 0..heads {
                         let at = (row * heads + head) * tokens * dim;
                         let kv = (row * kv_heads + head / (heads / kv_heads)) * all * dim;
-                        let expected = naive(
-                            &q[at..at + tokens * dim],
-                            &k[kv..kv + all * dim],
-                            &v[kv..kv + all * dim],
-                            dim,
-                            past,
-                        );
+                        let expected =
+                            naive(&q[at..at + tokens * dim], &k[kv..kv + all * dim], &v[kv..kv + all * dim], dim, past);
                         for (got, expected) in o[at..].iter().zip(&expected) {
                             assert!((*got as f64 - expected).abs() < 2e-6 * 10.0, "{got} is not {expected}");
                         }
