@@ -19,10 +19,7 @@ pub type Message = (Role, String);
 
 /// The messages as M1's chat template renders them.
 pub fn render(messages: &[Message]) -> String {
-    segments(messages)
-        .into_iter()
-        .map(|(text, _)| text)
-        .collect()
+    segments(messages).into_iter().map(|(text, _)| text).collect()
 }
 
 /// The rendered text in pieces, each all assistant or not at all. Every cut is at a special token, so the pieces
@@ -32,22 +29,14 @@ pub(crate) fn segments(messages: &[Message]) -> Vec<(String, bool)> {
     for (role, text) in messages {
         match role {
             Role::System => pieces.push((
-                format!(
-                    "<beginning_of_sentence>system ai_setting=assistant\n{text}<end_of_sentence>\n"
-                ),
+                format!("<beginning_of_sentence>system ai_setting=assistant\n{text}<end_of_sentence>\n"),
                 false,
             )),
             Role::User => {
-                pieces.push((
-                    format!("<beginning_of_sentence>user name=user\n{text}<end_of_sentence>\n"),
-                    false,
-                ));
+                pieces.push((format!("<beginning_of_sentence>user name=user\n{text}<end_of_sentence>\n"), false));
             }
             Role::Assistant => {
-                pieces.push((
-                    "<beginning_of_sentence>ai name=assistant\n".to_string(),
-                    false,
-                ));
+                pieces.push(("<beginning_of_sentence>ai name=assistant\n".to_string(), false));
                 pieces.push((format!("{text}<end_of_sentence>"), true));
                 pieces.push(("\n".to_string(), false));
             }

@@ -91,10 +91,7 @@ impl Default for DataConfig {
         ];
         Self {
             seed: 1,
-            tasks: weights
-                .iter()
-                .map(|(name, weight)| (name.to_string(), *weight))
-                .collect(),
+            tasks: weights.iter().map(|(name, weight)| (name.to_string(), *weight)).collect(),
             difficulties: [0.26, 0.25, 0.25, 0.14, 0.10, 0.0, 0.0, 0.0, 0.0, 0.0],
             small_talk: 0.10,
             two_turns: 0.12,
@@ -119,18 +116,9 @@ pub struct Data {
     tokenizer: Tokenizer,
 }
 
-fn check_weights(
-    field: &'static str,
-    weights: impl Iterator<Item = f64> + Clone,
-) -> Result<(), DataError> {
-    let good = weights
-        .clone()
-        .all(|weight| weight.is_finite() && weight >= 0.0);
-    if good && weights.sum::<f64>() > 0.0 {
-        Ok(())
-    } else {
-        Err(DataError::Weights { field })
-    }
+fn check_weights(field: &'static str, weights: impl Iterator<Item = f64> + Clone) -> Result<(), DataError> {
+    let good = weights.clone().all(|weight| weight.is_finite() && weight >= 0.0);
+    if good && weights.sum::<f64>() > 0.0 { Ok(()) } else { Err(DataError::Weights { field }) }
 }
 
 /// Whether a problem is one that training never sees.
@@ -139,22 +127,9 @@ pub fn is_held_out(problem: &Problem) -> bool {
 }
 
 /// The first problem of the stream from (seed, index) on that is on the side asked for.
-fn find(
-    task: &dyn Task,
-    domain: &str,
-    seed: u64,
-    index: u64,
-    difficulty: u8,
-    held_out: bool,
-) -> Option<Problem> {
-    let mut draw = Draw::new(
-        seed,
-        index,
-        &format!("{domain}/{}/{difficulty}", task.name()),
-    );
-    (0..MOST_DRAWS)
-        .map(|_| task.draw(&mut draw, difficulty))
-        .find(|problem| is_held_out(problem) == held_out)
+fn find(task: &dyn Task, domain: &str, seed: u64, index: u64, difficulty: u8, held_out: bool) -> Option<Problem> {
+    let mut draw = Draw::new(seed, index, &format!("{domain}/{}/{difficulty}", task.name()));
+    (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(|problem| is_held_out(problem) == held_out)
 }
 
 impl DataConfig {
@@ -162,31 +137,18 @@ impl DataConfig {
     fn resolve(&self) -> Result<Vec<(&'static dyn Task, f64)>, DataError> {
         check_weights("tasks", self.tasks.values().copied())?;
         check_weights("difficulties", self.difficulties.iter().copied())?;
-        let shares = [
-            ("small_talk", self.small_talk),
-            ("two_turns", self.two_turns),
-            ("system", self.system),
-        ];
+        let shares = [("small_talk", self.small_talk), ("two_turns", self.two_turns), ("system", self.system)];
         for (field, value) in shares {
             if !(0.0..=1.0).contains(&value) {
                 return Err(DataError::Share { field, value });
             }
         }
-        let known = || {
-            tasks::all()
-                .iter()
-                .map(|task| task.name())
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
+        let known = || tasks::all().iter().map(|task| task.name()).collect::<Vec<_>>().join(", ");
         self.tasks
             .iter()
             .map(|(name, &weight)| match tasks::by_name(name) {
                 Some(task) => Ok((task, weight)),
-                None => Err(DataError::UnknownTask {
-                    name: name.clone(),
-                    known: known(),
-                }),
+                None => Err(DataError::UnknownTask { name: name.clone(), known: known() }),
             })
             .collect()
     }
@@ -207,16 +169,7 @@ impl DataConfig {
             let difficulty = draw.weighted(&self.difficulties) as u8 + 1;
             // A task whose every draw is held out at this difficulty would give None; easier to try the next one.
             (difficulty..=MAX_DIFFICULTY)
-                .find_map(|difficulty| {
-                    find(
-                        task,
-                        "train",
-                        self.seed,
-                        4 * index + turn,
-                        difficulty,
-                        false,
-                    )
-                })
+                .find_map(|difficulty| find(task, "train", self.seed, 4 * index + turn, difficulty, false))
                 .map(|problem| {
                     let reply = problem.reply();
                     (problem.question, reply)
@@ -227,11 +180,7 @@ impl DataConfig {
             (exchange.question.to_string(), exchange.reply(think))
         };
         let mut turns = Vec::new();
-        match draw.weighted(&[
-            self.small_talk,
-            self.two_turns,
-            (1.0 - self.small_talk - self.two_turns).max(0.0),
-        ]) {
+        match draw.weighted(&[self.small_talk, self.two_turns, (1.0 - self.small_talk - self.two_turns).max(0.0)]) {
             0 => {
                 let exchange = small_talk::draw(&mut draw);
                 turns.push(Some(talk(&mut draw, exchange)));
@@ -260,10 +209,7 @@ impl DataConfig {
         }
         let mut messages = Vec::new();
         if draw.weighted(&[self.system, 1.0 - self.system]) == 0 {
-            messages.push((
-                Role::System,
-                SYSTEM_PROMPTS[draw.below(SYSTEM_PROMPTS.len())].to_string(),
-            ));
+            messages.push((Role::System, SYSTEM_PROMPTS[draw.below(SYSTEM_PROMPTS.len())].to_string()));
         }
         for (question, reply) in turns.into_iter().flatten() {
             messages.push((Role::User, loosely(&mut draw, question)));
@@ -299,11 +245,7 @@ impl Data {
     pub fn new(config: DataConfig, tokenizer: Tokenizer) -> Result<Self, DataError> {
         let tasks = config.resolve()?;
         tokenizer::special_id(&tokenizer, "<end_of_sentence>")?;
-        Ok(Self {
-            config,
-            tasks,
-            tokenizer,
-        })
+        Ok(Self { config, tasks, tokenizer })
     }
 
     /// The configuration.
@@ -329,14 +271,9 @@ impl Data {
     /// # Errors
     /// The tokenizer's.
     pub fn tokens_of(&self, messages: &[Message]) -> Result<Example, DataError> {
-        let mut example = Example {
-            ids: Vec::new(),
-            loss: Vec::new(),
-        };
+        let mut example = Example { ids: Vec::new(), loss: Vec::new() };
         for (text, loss) in segments(messages) {
-            example
-                .ids
-                .extend(tokenizer::encode(&self.tokenizer, &text)?);
+            example.ids.extend(tokenizer::encode(&self.tokenizer, &text)?);
             example.loss.resize(example.ids.len(), loss);
         }
         Ok(example)
@@ -347,23 +284,11 @@ impl Data {
     ///
     /// # Errors
     /// A difficulty outside 1..=10.
-    pub fn eval_problem(
-        &self,
-        task: &dyn Task,
-        difficulty: u8,
-        index: u64,
-    ) -> Result<Option<Problem>, DataError> {
+    pub fn eval_problem(&self, task: &dyn Task, difficulty: u8, index: u64) -> Result<Option<Problem>, DataError> {
         if !(1..=MAX_DIFFICULTY).contains(&difficulty) {
             return Err(DataError::Difficulty(difficulty));
         }
-        Ok(find(
-            task,
-            "eval",
-            self.config.seed,
-            index,
-            difficulty,
-            true,
-        ))
+        Ok(find(task, "eval", self.config.seed, index, difficulty, true))
     }
 
     /// The tokens that ask the problem, up to where the assistant begins.
@@ -371,8 +296,7 @@ impl Data {
     /// # Errors
     /// The tokenizer's.
     pub fn prompt(&self, problem: &Problem) -> Result<Vec<u32>, DataError> {
-        let text = render(&[(Role::User, problem.question.clone())])
-            + "<beginning_of_sentence>ai name=assistant\n";
+        let text = render(&[(Role::User, problem.question.clone())]) + "<beginning_of_sentence>ai name=assistant\n";
         Ok(tokenizer::encode(&self.tokenizer, &text)?)
     }
 
@@ -406,39 +330,24 @@ mod tests {
     fn examples_are_reproducible_whole_conversations() {
         let data = data();
         let special = |name| tokenizer::special_id(data.tokenizer(), name).unwrap();
-        let (begin, end) = (
-            special("<beginning_of_sentence>"),
-            special("<end_of_sentence>"),
-        );
+        let (begin, end) = (special("<beginning_of_sentence>"), special("<end_of_sentence>"));
         for index in 0..300 {
             let example = data.example(index).unwrap();
             assert_eq!(example, data.example(index).unwrap());
             let messages = data.config().conversation(index).unwrap();
             let text = render(&messages);
-            assert_eq!(
-                example.ids,
-                tokenizer::encode(data.tokenizer(), &text).unwrap(),
-                "cuts change no token"
-            );
+            assert_eq!(example.ids, tokenizer::encode(data.tokenizer(), &text).unwrap(), "cuts change no token");
             assert_eq!(data.tokenizer().decode(&example.ids, false).unwrap(), text);
             // What is trained on is the replies and nothing else.
-            let trained: Vec<u32> = example
-                .ids
-                .iter()
-                .zip(&example.loss)
-                .filter(|(_, loss)| **loss)
-                .map(|(id, _)| *id)
-                .collect();
+            let trained: Vec<u32> =
+                example.ids.iter().zip(&example.loss).filter(|(_, loss)| **loss).map(|(id, _)| *id).collect();
             let replies: String = messages
                 .iter()
                 .filter(|message| message.0 == Role::Assistant)
                 .map(|message| format!("{}<end_of_sentence>", message.1))
                 .collect();
             assert_eq!(data.tokenizer().decode(&trained, false).unwrap(), replies);
-            assert_eq!(
-                trained.iter().filter(|id| **id == end).count(),
-                replies.matches("<end_of_sentence>").count()
-            );
+            assert_eq!(trained.iter().filter(|id| **id == end).count(), replies.matches("<end_of_sentence>").count());
             assert!(!trained.contains(&begin));
         }
     }
@@ -449,14 +358,10 @@ mod tests {
         let mut questions = Vec::new();
         for task in tasks::all() {
             for difficulty in 1..=MAX_DIFFICULTY {
-                let problems: Vec<_> = (0..20)
-                    .filter_map(|index| data.eval_problem(*task, difficulty, index).unwrap())
-                    .collect();
+                let problems: Vec<_> =
+                    (0..20).filter_map(|index| data.eval_problem(*task, difficulty, index).unwrap()).collect();
                 assert_eq!(problems.len(), 20, "{} {difficulty}", task.name());
-                assert_eq!(
-                    Some(&problems[3]),
-                    data.eval_problem(*task, difficulty, 3).unwrap().as_ref()
-                );
+                assert_eq!(Some(&problems[3]), data.eval_problem(*task, difficulty, 3).unwrap().as_ref());
                 assert!(problems.iter().all(is_held_out));
                 let distinct: HashSet<_> = problems.iter().map(|problem| &problem.key).collect();
                 assert!(
@@ -468,16 +373,10 @@ mod tests {
                 questions.extend(problems.into_iter().map(|problem| problem.question));
             }
         }
-        assert_eq!(
-            data.overlap(questions.iter().map(String::as_str), 20_000),
-            0
-        );
+        assert_eq!(data.overlap(questions.iter().map(String::as_str), 20_000), 0);
         // The count does count.
         let known = data.config().conversation(5).unwrap();
-        let asked = known
-            .iter()
-            .find(|message| message.0 == Role::User)
-            .unwrap();
+        let asked = known.iter().find(|message| message.0 == Role::User).unwrap();
         assert_eq!(data.overlap([asked.1.as_str()].into_iter(), 10), 1);
         assert!(data.eval_problem(tasks::all()[0], 0, 0).is_err());
         assert!(data.eval_problem(tasks::all()[0], 11, 0).is_err());
@@ -485,14 +384,8 @@ mod tests {
 
     #[test]
     fn mixture_is_kept() {
-        let mut config = DataConfig {
-            small_talk: 0.0,
-            two_turns: 0.0,
-            system: 0.0,
-            ..DataConfig::default()
-        };
-        config.tasks =
-            BTreeMap::from([("boolean".to_string(), 3.0), ("brackets".to_string(), 1.0)]);
+        let mut config = DataConfig { small_talk: 0.0, two_turns: 0.0, system: 0.0, ..DataConfig::default() };
+        config.tasks = BTreeMap::from([("boolean".to_string(), 3.0), ("brackets".to_string(), 1.0)]);
         let boolean = (0..800)
             .filter(|&index| {
                 let messages = config.conversation(index).unwrap();
@@ -510,14 +403,9 @@ mod tests {
             change(&mut config);
             config.conversation(0).unwrap_err().to_string()
         };
-        assert!(
-            wrong(&|config| config.tasks.extend([("sums".to_string(), 1.0)])).contains("\"sums\"")
-        );
+        assert!(wrong(&|config| config.tasks.extend([("sums".to_string(), 1.0)])).contains("\"sums\""));
         assert!(wrong(&|config| config.difficulties = [0.0; 10]).contains("difficulties"));
-        assert!(
-            wrong(&|config| config.tasks.extend([("boolean".to_string(), f64::NAN)]))
-                .contains("tasks")
-        );
+        assert!(wrong(&|config| config.tasks.extend([("boolean".to_string(), f64::NAN)])).contains("tasks"));
         assert!(wrong(&|config| config.system = 1.5).contains("system"));
     }
 
@@ -531,10 +419,7 @@ mod tests {
         let lengths = |count: u64, of: &dyn Fn(u64) -> Example| {
             let mut lengths: Vec<_> = (0..count).map(|index| of(index).ids.len()).collect();
             lengths.sort_unstable();
-            (
-                lengths.iter().sum::<usize>() as f64 / count as f64,
-                lengths[count as usize * 95 / 100],
-            )
+            (lengths.iter().sum::<usize>() as f64 / count as f64, lengths[count as usize * 95 / 100])
         };
         for task in tasks::all() {
             let mut line = format!("{:<14}", task.name());
@@ -542,15 +427,10 @@ mod tests {
                 let (mean, most) = lengths(200, &|index| {
                     let problem = task.generate(1, index, difficulty);
                     let reply = problem.reply();
-                    data.tokens_of(&[(Role::User, problem.question), (Role::Assistant, reply)])
-                        .unwrap()
+                    data.tokens_of(&[(Role::User, problem.question), (Role::Assistant, reply)]).unwrap()
                 });
                 line += &format!(" {difficulty}: {mean:5.1} / {most:<4}");
-                assert!(
-                    difficulty != 5 || mean < 200.0,
-                    "{} is too long: {mean}",
-                    task.name()
-                );
+                assert!(difficulty != 5 || mean < 200.0, "{} is too long: {mean}", task.name());
             }
             println!("{line}");
         }

@@ -46,25 +46,14 @@ struct Row {
 }
 
 /// Replies to all prompts, in their order, decoded as one batch.
-pub fn decode(
-    model: &M1,
-    prompts: &[Prompt],
-    options: &DecodeOptions,
-) -> Result<Vec<Reply>, SamplerError> {
+pub fn decode(model: &M1, prompts: &[Prompt], options: &DecodeOptions) -> Result<Vec<Reply>, SamplerError> {
     let mut replies: Vec<Option<Reply>> = vec![None; prompts.len()];
     let mut rows = Vec::with_capacity(prompts.len());
     for (prompt, p) in prompts.iter().enumerate() {
-        let sampling = SamplingOptions {
-            seed: Some(p.seed),
-            ..options.sampling.clone()
-        };
+        let sampling = SamplingOptions { seed: Some(p.seed), ..options.sampling.clone() };
         let sampler = Sampler::new(sampling, options.allowed.clone())?;
         let reply = Vec::new();
-        rows.push(Row {
-            prompt,
-            sampler,
-            reply,
-        });
+        rows.push(Row { prompt, sampler, reply });
     }
     let mut cache = Cache::new(model.config(), rows.len(), &model.device());
     let mut next: Vec<Vec<u32>> = prompts.iter().map(|p| p.ids.clone()).collect();
@@ -82,10 +71,7 @@ pub fn decode(
                 row.reply.push(id);
             }
             if ended || row.reply.len() >= options.max_new_tokens {
-                replies[row.prompt] = Some(Reply {
-                    ids: row.reply,
-                    ended,
-                });
+                replies[row.prompt] = Some(Reply { ids: row.reply, ended });
             } else {
                 kept.push(i);
                 next.push(vec![id]);

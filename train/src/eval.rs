@@ -138,12 +138,7 @@ pub fn evaluate(
     pools: &[rayon::ThreadPool],
     bar: &ProgressBar,
 ) -> Result<Report, EvalError> {
-    let Subject {
-        model,
-        tokenizer,
-        data,
-        ..
-    } = *subject;
+    let Subject { model, tokenizer, data, .. } = *subject;
     let mut jobs = Vec::new();
     let mut questions = HashSet::new();
     for &task in tasks {
@@ -152,13 +147,7 @@ pub fn evaluate(
             questions.extend(problems.iter().map(|p| p.question.clone()));
             for &mode in &settings.modes {
                 for (first, chunk) in problems.chunks(settings.rows).enumerate() {
-                    jobs.push((
-                        task,
-                        difficulty,
-                        mode,
-                        first * settings.rows,
-                        chunk.to_vec(),
-                    ));
+                    jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
                 }
             }
         }
@@ -173,55 +162,40 @@ pub fn evaluate(
             max_new_tokens: settings.max_new_tokens,
         };
         let prompt = |(k, p): (usize, &Problem)| {
-            let seed = settings
-                .seed
-                .wrapping_mul(1_000_003)
-                .wrapping_add((first + k) as u64);
+            let seed = settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64);
             data.prompt(p).map(|ids| Prompt { ids, seed })
         };
-        let prompts = problems
-            .iter()
-            .enumerate()
-            .map(prompt)
-            .collect::<Result<Vec<_>, _>>()?;
+        let prompts = problems.iter().enumerate().map(prompt).collect::<Result<Vec<_>, _>>()?;
         let replies = decode(model, &prompts, &options)?;
         bar.inc(problems.len() as u64);
         Ok::<_, EvalError>(replies)
     });
     let mut report = Report {
         questions: questions.len(),
-        overlap: data.overlap(
-            questions.iter().map(String::as_str),
-            settings.overlap_conversations,
-        ),
+        overlap: data.overlap(questions.iter().map(String::as_str), settings.overlap_conversations),
         overlap_conversations: settings.overlap_conversations,
         ..Report::default()
     };
     let mut scores: BTreeMap<(usize, u8, Mode), (Score, Vec<Sample>)> = BTreeMap::new();
     for ((task, difficulty, mode, _, problems), replies) in jobs.iter().zip(results) {
-        let place = tasks
-            .iter()
-            .position(|t| t.name() == task.name())
-            .unwrap_or(0);
-        let (score, kept) = scores
-            .entry((place, *difficulty, *mode))
-            .or_insert_with(|| {
-                let score = Score {
-                    task: task.name().to_string(),
-                    difficulty: *difficulty,
-                    mode: *mode,
-                    problems: 0,
-                    solved: 0,
-                    unfinished: 0,
-                    mean_tokens: 0.0,
-                };
-                (score, Vec::new())
-            });
+        let place = tasks.iter().position(|t| t.name() == task.name()).unwrap_or(0);
+        let (score, kept) = scores.entry((place, *difficulty, *mode)).or_insert_with(|| {
+            let score = Score {
+                task: task.name().to_string(),
+                difficulty: *difficulty,
+                mode: *mode,
+                problems: 0,
+                solved: 0,
+                unfinished: 0,
+                mean_tokens: 0.0,
+            };
+            (score, Vec::new())
+        });
         for (problem, Reply { ids, ended }) in problems.iter().zip(replies?) {
             let reply = tokenizer.decode(&ids);
             let solved = ended && task.verify(problem, &reply);
-            score.mean_tokens = (score.mean_tokens * score.problems as f64 + ids.len() as f64)
-                / (score.problems + 1) as f64;
+            score.mean_tokens =
+                (score.mean_tokens * score.problems as f64 + ids.len() as f64) / (score.problems + 1) as f64;
             score.problems += 1;
             score.solved += u64::from(solved);
             score.unfinished += u64::from(!ended);
@@ -236,21 +210,14 @@ pub fn evaluate(
         }
     }
     for ((_, difficulty, mode), (score, samples)) in scores {
-        report
-            .samples
-            .push((score.task.clone(), difficulty, mode, samples));
+        report.samples.push((score.task.clone(), difficulty, mode, samples));
         report.scores.push(score);
     }
     Ok(report)
 }
 
 /// Different evaluation problems; a small space at low difficulty has fewer than wanted.
-fn problems(
-    data: &Data,
-    task: &dyn Task,
-    difficulty: u8,
-    wanted: u64,
-) -> Result<Vec<Problem>, DataError> {
+fn problems(data: &Data, task: &dyn Task, difficulty: u8, wanted: u64) -> Result<Vec<Problem>, DataError> {
     let mut keys = HashSet::new();
     let mut problems = Vec::new();
     for index in 0..wanted.saturating_mul(4) {
@@ -268,21 +235,11 @@ fn problems(
 }
 
 fn sampling(mode: Mode, settings: &EvalSettings) -> SamplingOptions {
-    let plain = SamplingOptions {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seed: None,
-    };
+    let plain =
+        SamplingOptions { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: None };
     match mode {
         Mode::Greedy => plain,
-        Mode::Sampled => SamplingOptions {
-            temperature: settings.temperature,
-            top_p: settings.top_p,
-            ..plain
-        },
+        Mode::Sampled => SamplingOptions { temperature: settings.temperature, top_p: settings.top_p, ..plain },
     }
 }
 
@@ -293,10 +250,7 @@ pub fn markdown(scores: &[Score], settings: &EvalSettings) -> String {
         let of_mode: Vec<&Score> = scores.iter().filter(|s| s.mode == *mode).collect();
         let how = match mode {
             Mode::Greedy => "Greedy".to_owned(),
-            Mode::Sampled => format!(
-                "Temperature {}, top_p {}",
-                settings.temperature, settings.top_p
-            ),
+            Mode::Sampled => format!("Temperature {}, top_p {}", settings.temperature, settings.top_p),
         };
         let _ = write!(text, "{how}, % solved:\n\n| task |");
         for d in &settings.difficulties {
@@ -342,11 +296,7 @@ mod tests {
             unfinished: 0,
             mean_tokens: 40.0,
         };
-        let scores = [
-            score("sort", 1, 50, 50),
-            score("sort", 2, 40, 30),
-            score("clock", 1, 50, 1),
-        ];
+        let scores = [score("sort", 1, 50, 50), score("sort", 2, 40, 30), score("clock", 1, 50, 1)];
         let settings = EvalSettings {
             difficulties: vec![1, 2],
             problems: 50,

@@ -44,10 +44,7 @@ pub struct MetricsLog {
 impl MetricsLog {
     /// Opens (or creates) the log, keeping the lines up to `step` and dropping all that follow.
     pub fn open(path: &Path, step: u64) -> io::Result<Self> {
-        let history = read(path)?
-            .into_iter()
-            .take_while(|m| m.step <= step)
-            .collect::<Vec<_>>();
+        let history = read(path)?.into_iter().take_while(|m| m.step <= step).collect::<Vec<_>>();
         let partial = partial(path);
         let mut file = File::create(&partial)?;
         for metrics in &history {

@@ -34,13 +34,7 @@ pub struct OptimizerSettings {
 
 impl Default for OptimizerSettings {
     fn default() -> Self {
-        Self {
-            beta_1: 0.9,
-            beta_2: 0.95,
-            epsilon: 1e-15,
-            weight_decay: 0.1,
-            clip: 1.0,
-        }
+        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-15, weight_decay: 0.1, clip: 1.0 }
     }
 }
 
@@ -90,16 +84,11 @@ pub struct Optimizer {
 impl Optimizer {
     /// An optimizer without any moments yet.
     pub fn new(settings: OptimizerSettings, infos: Vec<ParameterInfo>) -> Self {
-        let config = AdamWConfig::new()
-            .with_beta_1(settings.beta_1)
-            .with_beta_2(settings.beta_2)
-            .with_epsilon(settings.epsilon);
+        let config =
+            AdamWConfig::new().with_beta_1(settings.beta_1).with_beta_2(settings.beta_2).with_epsilon(settings.epsilon);
         Self {
             settings,
-            decayed: config
-                .clone()
-                .with_weight_decay(settings.weight_decay)
-                .build(),
+            decayed: config.clone().with_weight_decay(settings.weight_decay).build(),
             plain: config.with_weight_decay(0.0).build(),
             states: vec![None; infos.len()],
             infos,
@@ -120,12 +109,7 @@ impl Optimizer {
         let norm = parameters::global_norm(&gradients);
         let scale = clip_scale(norm, self.settings.clip);
         let states = std::mem::take(&mut self.states);
-        let jobs: Vec<_> = values
-            .into_iter()
-            .zip(gradients)
-            .zip(states)
-            .map(|job| Mutex::new(Some(job)))
-            .collect();
+        let jobs: Vec<_> = values.into_iter().zip(gradients).zip(states).map(|job| Mutex::new(Some(job))).collect();
         let updated = in_parallel(pools, jobs.len(), |i| {
             let job = jobs[i].lock().unwrap_or_else(|e| e.into_inner()).take();
             let ((value, gradient), state) = job.expect("each job is taken once");
@@ -152,11 +136,7 @@ impl Optimizer {
             None if state.is_none() => return (value, None),
             None => value.zeros_like(),
         };
-        let adamw = if decays(info) {
-            &self.decayed
-        } else {
-            &self.plain
-        };
+        let adamw = if decays(info) { &self.decayed } else { &self.plain };
         adamw.step(lr, value, gradient, state)
     }
 
@@ -172,17 +152,10 @@ impl Optimizer {
             for (kind, moment) in [("m", &momentum.moment_1), ("v", &momentum.moment_2)] {
                 let data = moment.to_data().convert::<f32>();
                 let len = moment.dims()[0];
-                tensors.push((
-                    format!("{}.{kind}", info.path),
-                    data.as_bytes().to_vec(),
-                    len,
-                ));
+                tensors.push((format!("{}.{kind}", info.path), data.as_bytes().to_vec(), len));
             }
         }
-        let format = |source| OptimizerError::Format {
-            path: path.display().to_string(),
-            source,
-        };
+        let format = |source| OptimizerError::Format { path: path.display().to_string(), source };
         let views = tensors
             .iter()
             .map(|(name, bytes, len)| Ok((name, TensorView::new(Dtype::F32, vec![*len], bytes)?)))
@@ -194,20 +167,14 @@ impl Optimizer {
     /// Takes up the moments that [`Optimizer::save`] wrote for the same model.
     pub fn load(&mut self, path: &Path, device: &Device) -> Result<(), OptimizerError> {
         let name = path.display().to_string();
-        let format = |source| OptimizerError::Format {
-            path: name.clone(),
-            source,
-        };
+        let format = |source| OptimizerError::Format { path: name.clone(), source };
         let mismatch = |tensor: &str, found: String, expected: String| OptimizerError::Mismatch {
             path: name.clone(),
             tensor: tensor.to_owned(),
             found,
             expected,
         };
-        let bytes = std::fs::read(path).map_err(|source| OptimizerError::Io {
-            path: name.clone(),
-            source,
-        })?;
+        let bytes = std::fs::read(path).map_err(|source| OptimizerError::Io { path: name.clone(), source })?;
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(format)?;
         let steps = header.metadata().clone().unwrap_or_default();
         let file = safetensors::SafeTensors::deserialize(&bytes).map_err(format)?;
@@ -216,9 +183,7 @@ impl Optimizer {
                 *state = None;
                 continue;
             };
-            let time = time
-                .parse()
-                .map_err(|_| mismatch(&info.path, format!("step {time:?}"), "a number".into()))?;
+            let time = time.parse().map_err(|_| mismatch(&info.path, format!("step {time:?}"), "a number".into()))?;
             let len: usize = info.shape.iter().product();
             let read = |kind: &str| {
                 let tensor = format!("{}.{kind}", info.path);
@@ -227,11 +192,8 @@ impl Optimizer {
                     let found = format!("{:?} {:?}", view.dtype(), view.shape());
                     return Err(mismatch(&tensor, found, format!("F32 [{len}]")));
                 }
-                let values: Vec<f32> = view
-                    .data()
-                    .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                    .collect();
+                let values: Vec<f32> =
+                    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 Ok(Tensor::from_data(TensorData::new(values, [len]), device))
             };
             *state = Some(AdamWState {
@@ -249,11 +211,7 @@ impl Optimizer {
 
 /// The factor that brings a gradient of this norm down to `clip`; 1 below it or when clipping is off.
 pub fn clip_scale(norm: f64, clip: f64) -> f64 {
-    if clip > 0.0 && norm > clip {
-        clip / norm
-    } else {
-        1.0
-    }
+    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
 }
 
 /// Norms are scales and the embedding's rows are looked up, not multiplied: neither is pulled towards zero.
@@ -270,12 +228,7 @@ mod tests {
     }
 
     fn pools() -> Vec<rayon::ThreadPool> {
-        let pool = || {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(1)
-                .build()
-                .unwrap()
-        };
+        let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         vec![pool(), pool()]
     }
 
@@ -284,10 +237,7 @@ mod tests {
     }
 
     fn infos() -> Vec<ParameterInfo> {
-        let info = |path: &str, shape: &[usize]| ParameterInfo {
-            path: path.into(),
-            shape: shape.into(),
-        };
+        let info = |path: &str, shape: &[usize]| ParameterInfo { path: path.into(), shape: shape.into() };
         vec![info("a.weight", &[2, 1]), info("norm.weight", &[2])]
     }
 
@@ -309,17 +259,8 @@ mod tests {
         let values = vec![tensor(&[1.0, 1.0]), tensor(&[1.0, 1.0])];
         let gradients = vec![Some(tensor(&[1e-9, -0.5])), Some(tensor(&[0.5, 1e-9]))];
         let (new, _) = optimizer.step(0.01, values, gradients, &pools());
-        let close = |found: &[f32], expected: [f32; 2]| {
-            found
-                .iter()
-                .zip(expected)
-                .all(|(a, b)| (a - b).abs() < 2e-6)
-        };
-        assert!(
-            close(&host(&new[0]), [0.999 - 0.01, 0.999 + 0.01]),
-            "{:?}",
-            host(&new[0])
-        );
+        let close = |found: &[f32], expected: [f32; 2]| found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 2e-6);
+        assert!(close(&host(&new[0]), [0.999 - 0.01, 0.999 + 0.01]), "{:?}", host(&new[0]));
         assert!(close(&host(&new[1]), [0.99, 0.99]), "{:?}", host(&new[1]));
     }
 
@@ -333,9 +274,7 @@ mod tests {
             let g = 0.1 * i as f32;
             // The second parameter has no gradient in the first step and no state then.
             let second = (i > 1).then(|| tensor(&[g, 2.0 * g]));
-            values = whole
-                .step(0.01, values, vec![Some(tensor(&[g, -g])), second], &pools())
-                .0;
+            values = whole.step(0.01, values, vec![Some(tensor(&[g, -g])), second], &pools()).0;
         }
         whole.save(&path).unwrap();
         let mut resumed = Optimizer::new(OptimizerSettings::default(), infos());
@@ -353,22 +292,12 @@ mod tests {
         let path = dir.path().join("optimizer.safetensors");
         let mut one = Optimizer::new(OptimizerSettings::default(), infos());
         let values = vec![tensor(&[1.0, 1.0]), tensor(&[1.0, 1.0])];
-        one.step(
-            0.1,
-            values,
-            vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))],
-            &pools(),
-        );
+        one.step(0.1, values, vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))], &pools());
         one.save(&path).unwrap();
         let mut other = infos();
         other[0].shape = vec![3, 1];
-        let error = Optimizer::new(OptimizerSettings::default(), other)
-            .load(&path, &Device::flex())
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("a.weight.m") && error.contains("F32 [3]"),
-            "{error}"
-        );
+        let error =
+            Optimizer::new(OptimizerSettings::default(), other).load(&path, &Device::flex()).unwrap_err().to_string();
+        assert!(error.contains("a.weight.m") && error.contains("F32 [3]"), "{error}");
     }
 }

@@ -26,10 +26,7 @@ pub fn infos<M: Module>(model: &M) -> Vec<ParameterInfo> {
             self.0.pop();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.push(ParameterInfo {
-                path: self.0.join("."),
-                shape: param.val().dims().to_vec(),
-            });
+            self.1.push(ParameterInfo { path: self.0.join("."), shape: param.val().dims().to_vec() });
         }
     }
     let mut visitor = Infos(Vec::new(), Vec::new());
@@ -116,11 +113,7 @@ pub fn sum_gradients(parts: Vec<Vec<Option<Tensor<1>>>>) -> Vec<Option<Tensor<1>
 
 /// The Euclidean norm over all gradients together; one read from the device.
 pub fn global_norm(gradients: &[Option<Tensor<1>>]) -> f64 {
-    let squares: Vec<Tensor<1>> = gradients
-        .iter()
-        .flatten()
-        .map(|g| g.clone().square().sum())
-        .collect();
+    let squares: Vec<Tensor<1>> = gradients.iter().flatten().map(|g| g.clone().square().sum()).collect();
     if squares.is_empty() {
         return 0.0;
     }

@@ -40,32 +40,17 @@ pub fn loss_svg(path: &Path, title: &str, history: &[StepMetrics]) -> Result<(),
     let partial = path.with_extension("svg.partial");
     fs::write(&partial, svg)
         .and_then(|()| fs::rename(&partial, path))
-        .map_err(|source| PlotError::Write {
-            path: path.display().to_string(),
-            source,
-        })
+        .map_err(|source| PlotError::Write { path: path.display().to_string(), source })
 }
 
-fn draw(
-    svg: &mut String,
-    title: &str,
-    history: &[StepMetrics],
-) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(svg: &mut String, title: &str, history: &[StepMetrics]) -> Result<(), Box<dyn std::error::Error>> {
     let smooth = smoothed(history);
     let raw: Vec<(f64, f64)> = history.iter().map(point).collect();
     let stride = history.len().div_ceil(POINTS);
     let last = smooth[smooth.len() - 1];
     let finite = |v: &f64| v.is_finite() && *v > 0.0;
-    let low = raw
-        .iter()
-        .map(|p| p.1)
-        .filter(finite)
-        .fold(f64::MAX, f64::min);
-    let high = raw
-        .iter()
-        .map(|p| p.1)
-        .filter(finite)
-        .fold(f64::MIN, f64::max);
+    let low = raw.iter().map(|p| p.1).filter(finite).fold(f64::MAX, f64::min);
+    let high = raw.iter().map(|p| p.1).filter(finite).fold(f64::MIN, f64::max);
     let end = last.0.max(f64::EPSILON);
 
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
@@ -77,9 +62,7 @@ fn draw(
         .y_label_area_size(58)
         .build_cartesian_2d(
             0.0..end,
-            (low * 0.9..high * 1.1)
-                .log_scale()
-                .with_key_points(ticks(low * 0.9, high * 1.1)),
+            (low * 0.9..high * 1.1).log_scale().with_key_points(ticks(low * 0.9, high * 1.1)),
         )?;
     chart
         .configure_mesh()
@@ -91,26 +74,16 @@ fn draw(
         .x_desc("tokens seen (millions)")
         .y_desc("cross-entropy of the reply (nats per token)")
         .x_label_formatter(&|v| {
-            if end < 2.0 {
-                format!("{v:.2}")
-            } else {
-                format!("{v:.0}")
-            }
+            if end < 2.0 { format!("{v:.2}") } else { format!("{v:.0}") }
         })
         .y_label_formatter(&|v| v.to_string())
         .draw()?;
     chart
-        .draw_series(LineSeries::new(
-            raw.iter().step_by(stride).copied(),
-            RAW.stroke_width(1),
-        ))?
+        .draw_series(LineSeries::new(raw.iter().step_by(stride).copied(), RAW.stroke_width(1)))?
         .label("each step")
         .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], RAW.stroke_width(1)));
     chart
-        .draw_series(LineSeries::new(
-            smooth.iter().step_by(stride).copied().chain([last]),
-            SMOOTH.stroke_width(2),
-        ))?
+        .draw_series(LineSeries::new(smooth.iter().step_by(stride).copied().chain([last]), SMOOTH.stroke_width(2)))?
         .label(format!("running mean, last {:.4}", last.1))
         .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], SMOOTH.stroke_width(2)));
     chart
@@ -133,9 +106,7 @@ fn point(m: &StepMetrics) -> (f64, f64) {
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let all = (-9..9).flat_map(|power| ["1", "2", "5"].map(|digit| format!("{digit}e{power}")));
     // By text, so that 2e-1 is the nearest number to 0.2 and prints as such.
-    all.filter_map(|text| text.parse().ok())
-        .filter(|v| (low..=high).contains(v))
-        .collect()
+    all.filter_map(|text| text.parse().ok()).filter(|v| (low..=high).contains(v)).collect()
 }
 
 /// An exponential mean over about 1 % of the run, unbiased at its start.

@@ -70,10 +70,7 @@ pub fn pretrain(
             return Ok(Ended::Interrupted);
         }
         let step_start = Instant::now();
-        let lr = state
-            .settings
-            .schedule
-            .rate(state.progress.step, done(state));
+        let lr = state.settings.schedule.rate(state.progress.step, done(state));
         let examples = next_examples(state, data)?;
         let report = trainer.step(&examples, lr)?;
         let progress = &mut state.progress;
@@ -107,14 +104,8 @@ pub fn pretrain(
 
 /// The part of the run that lies behind, 0 to 1.
 pub fn done(state: &RunState) -> f64 {
-    let by_steps = state
-        .settings
-        .steps
-        .map(|n| state.progress.step as f64 / n.max(1) as f64);
-    let by_time = state
-        .settings
-        .minutes
-        .map(|m| state.progress.elapsed_s / (m * 60.0));
+    let by_steps = state.settings.steps.map(|n| state.progress.step as f64 / n.max(1) as f64);
+    let by_time = state.settings.minutes.map(|m| state.progress.elapsed_s / (m * 60.0));
     by_steps.unwrap_or(0.0).max(by_time.unwrap_or(0.0)).min(1.0)
 }
 
@@ -130,12 +121,7 @@ fn next_examples(state: &RunState, data: &Data) -> Result<Vec<Example>, DataErro
     Ok(examples)
 }
 
-fn checkpoint(
-    out: &Path,
-    trainer: &Trainer,
-    state: &RunState,
-    log: &MetricsLog,
-) -> Result<(), PretrainError> {
+fn checkpoint(out: &Path, trainer: &Trainer, state: &RunState, log: &MetricsLog) -> Result<(), PretrainError> {
     run::save(out, trainer, state)?;
     let config = trainer.model().config();
     let title = format!(
@@ -169,13 +155,8 @@ impl Bar {
         let Some(last) = history.last() else { return };
         // A mean over some steps: single ones jump with what the batch happens to hold.
         let recent = &history[history.len().saturating_sub(20)..];
-        let mean =
-            |f: fn(&StepMetrics) -> f64| recent.iter().map(f).sum::<f64>() / recent.len() as f64;
-        let of = state
-            .settings
-            .steps
-            .map(|n| format!("/{n}"))
-            .unwrap_or_default();
+        let mean = |f: fn(&StepMetrics) -> f64| recent.iter().map(f).sum::<f64>() / recent.len() as f64;
+        let of = state.settings.steps.map(|n| format!("/{n}")).unwrap_or_default();
         let line = format!(
             "step {}{of}  loss {:.4}  lr {:.1e}  grad {:.2}  load {:.2}-{:.2}  {:.0} tokens/s  {:.1} min",
             last.step,
@@ -192,8 +173,7 @@ impl Bar {
                 eprintln!("{line}");
             }
         } else {
-            self.bar
-                .set_position((done(state) * Self::PARTS as f64) as u64);
+            self.bar.set_position((done(state) * Self::PARTS as f64) as u64);
             self.bar.set_message(line);
         }
     }

@@ -117,10 +117,8 @@ pub fn save(out: &Path, trainer: &Trainer, state: &RunState) -> Result<PathBuf, 
     save_model(&partial, trainer.model(), WeightDtype::F32)?;
     trainer.optimizer().save(&partial.join(MOMENTS))?;
     let path = partial.join(STATE);
-    let text = serde_json::to_string_pretty(state).map_err(|source| RunError::State {
-        path: path.display().to_string(),
-        source,
-    })?;
+    let text = serde_json::to_string_pretty(state)
+        .map_err(|source| RunError::State { path: path.display().to_string(), source })?;
     fs::write(&path, text).map_err(io_error(&path))?;
     for entry in fs::read_dir(&partial).map_err(io_error(&partial))? {
         let path = entry.map_err(io_error(&partial))?.path();
@@ -147,45 +145,30 @@ pub fn latest(out: &Path) -> Result<Option<(PathBuf, RunState)>, RunError> {
     };
     let path = folder.join(STATE);
     let text = fs::read_to_string(&path).map_err(io_error(&path))?;
-    let state = serde_json::from_str(&text).map_err(|source| RunError::State {
-        path: path.display().to_string(),
-        source,
-    })?;
+    let state =
+        serde_json::from_str(&text).map_err(|source| RunError::State { path: path.display().to_string(), source })?;
     Ok(Some((folder, state)))
 }
 
 /// The weights of a checkpoint, f32.
 pub fn load_model(folder: &Path, device: &Device) -> Result<M1, RunError> {
-    let options = LoadOptions {
-        dtype: Some(WeightDtype::F32),
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions { dtype: Some(WeightDtype::F32), ..LoadOptions::default() };
     Ok(checkpoint::load(folder, device, &options)?)
 }
 
 /// A trainer as a checkpoint left it.
-pub fn load_trainer(
-    folder: &Path,
-    state: &RunState,
-    threads: usize,
-    device: &Device,
-) -> Result<Trainer, RunError> {
+pub fn load_trainer(folder: &Path, state: &RunState, threads: usize, device: &Device) -> Result<Trainer, RunError> {
     let settings = &state.settings;
     let model = load_model(folder, device)?;
     let (micro, step) = (settings.micro_tokens, state.progress.step);
     let mut trainer = Trainer::new(model, settings.optimizer, micro, threads, step)?;
-    trainer
-        .optimizer_mut()
-        .load(&folder.join(MOMENTS), device)?;
+    trainer.optimizer_mut().load(&folder.join(MOMENTS), device)?;
     Ok(trainer)
 }
 
 /// Writes weights and config.json in Hugging Face form.
 pub fn save_model(folder: &Path, model: &M1, dtype: WeightDtype) -> Result<(), RunError> {
-    let options = SaveOptions {
-        dtype,
-        ..SaveOptions::default()
-    };
+    let options = SaveOptions { dtype, ..SaveOptions::default() };
     Ok(checkpoint::save(folder, model, &options)?)
 }
 
@@ -212,8 +195,5 @@ fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>, RunError> {
 /// Names the path in an input/output error.
 pub(crate) fn io_error(path: &Path) -> impl Fn(io::Error) -> RunError + use<> {
     let path = path.display().to_string();
-    move |source| RunError::Io {
-        path: path.clone(),
-        source,
-    }
+    move |source| RunError::Io { path: path.clone(), source }
 }

@@ -20,11 +20,7 @@ impl Schedule {
     /// `peak * min((step + 1) / warmup, 1) * (1 - done)`: the decay acts during the warm-up as well, which
     /// changes nothing worth a case of its own.
     pub fn rate(&self, step: u64, done: f64) -> f64 {
-        let warm = if step < self.warmup {
-            (step + 1) as f64 / self.warmup as f64
-        } else {
-            1.0
-        };
+        let warm = if step < self.warmup { (step + 1) as f64 / self.warmup as f64 } else { 1.0 };
         self.peak * warm * (1.0 - done.clamp(0.0, 1.0))
     }
 }
@@ -33,10 +29,7 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    const S: Schedule = Schedule {
-        peak: 2e-3,
-        warmup: 10,
-    };
+    const S: Schedule = Schedule { peak: 2e-3, warmup: 10 };
 
     #[test]
     fn warms_up_linearly() {
@@ -54,10 +47,7 @@ mod tests {
 
     #[test]
     fn no_warm_up_begins_at_the_peak() {
-        let s = Schedule {
-            peak: 1.0,
-            warmup: 0,
-        };
+        let s = Schedule { peak: 1.0, warmup: 0 };
         assert_eq!(s.rate(0, 0.0), 1.0);
     }
 }

@@ -18,12 +18,7 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 pub const CHAT_TEMPLATE: &str = include_str!("../assets/chat_template.jinja");
 
 /// M1's markers, hidden when text is decoded for people.
-const SPECIAL: [&str; 4] = [
-    "<begin_of_document>",
-    "<end_of_document>",
-    "<beginning_of_sentence>",
-    "<end_of_sentence>",
-];
+const SPECIAL: [&str; 4] = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"];
 
 /// Tags that are one token each and stay visible.
 const TAGS: [&str; 4] = ["<think>", "</think>", "<tool_calls>", "</tool_calls>"];
@@ -43,9 +38,7 @@ pub enum TokenizerError {
     )]
     Missing(String),
     /// Fewer entries than bytes and special tokens.
-    #[error(
-        "tokenizer: a vocabulary of {0} is too small; at least 320 (256 bytes and 8 special tokens, rounded up)"
-    )]
+    #[error("tokenizer: a vocabulary of {0} is too small; at least 320 (256 bytes and 8 special tokens, rounded up)")]
     TooSmall(usize),
     /// A file cannot be written.
     #[error("{path}: {source}")]
@@ -62,11 +55,7 @@ pub enum TokenizerError {
 ///
 /// # Errors
 /// What is wrong with the configuration, or a vocabulary below 320.
-pub fn train(
-    config: &DataConfig,
-    conversations: u64,
-    vocabulary: usize,
-) -> Result<Tokenizer, DataError> {
+pub fn train(config: &DataConfig, conversations: u64, vocabulary: usize) -> Result<Tokenizer, DataError> {
     if vocabulary < 320 {
         return Err(TokenizerError::TooSmall(vocabulary).into());
     }
@@ -78,11 +67,7 @@ pub fn train(
 
 fn train_on(texts: Vec<String>, vocabulary: usize) -> Result<Tokenizer, TokenizerError> {
     let mut tokenizer = Tokenizer::new(BPE::default());
-    let split = Split::new(
-        SplitPattern::Regex(PIECES.into()),
-        SplitDelimiterBehavior::Isolated,
-        false,
-    )?;
+    let split = Split::new(SplitPattern::Regex(PIECES.into()), SplitDelimiterBehavior::Isolated, false)?;
     let bytes = ByteLevel::new(false, false, false);
     tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![split.into(), bytes.into()])));
     tokenizer.with_decoder(Some(bytes));
@@ -122,9 +107,7 @@ pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, TokenizerEr
 /// # Errors
 /// The vocabulary lacks it.
 pub fn special_id(tokenizer: &Tokenizer, token: &str) -> Result<u32, TokenizerError> {
-    tokenizer
-        .token_to_id(token)
-        .ok_or_else(|| TokenizerError::Missing(token.to_string()))
+    tokenizer.token_to_id(token).ok_or_else(|| TokenizerError::Missing(token.to_string()))
 }
 
 /// The `vocab_size` that a model of this tokenizer needs: its entries, rounded up to a multiple of 64.
@@ -154,25 +137,13 @@ pub fn save(tokenizer: &Tokenizer, directory: &Path) -> Result<(), TokenizerErro
         "temperature": 1.0,
         "top_p": 0.95,
     });
-    write(
-        &directory.join("tokenizer.json"),
-        &tokenizer.to_string(true)?,
-    )?;
-    write(
-        &directory.join("tokenizer_config.json"),
-        &format!("{config:#}\n"),
-    )?;
-    write(
-        &directory.join("generation_config.json"),
-        &format!("{generation:#}\n"),
-    )
+    write(&directory.join("tokenizer.json"), &tokenizer.to_string(true)?)?;
+    write(&directory.join("tokenizer_config.json"), &format!("{config:#}\n"))?;
+    write(&directory.join("generation_config.json"), &format!("{generation:#}\n"))
 }
 
 fn write(path: &Path, text: &str) -> Result<(), TokenizerError> {
-    let named = |source| TokenizerError::Write {
-        path: path.display().to_string(),
-        source,
-    };
+    let named = |source| TokenizerError::Write { path: path.display().to_string(), source };
     let temporary = path.with_extension("json.tmp");
     std::fs::write(&temporary, text).map_err(named)?;
     std::fs::rename(&temporary, path).map_err(named)
@@ -212,14 +183,8 @@ mod tests {
         assert_eq!(tokens("4711"), ["4", "7", "1", "1"]);
         assert_eq!(tokens("([{}])"), ["(", "[", "{", "}", "]", ")"]);
         assert_eq!(tokens("- r0 r1"), ["-", "Ġr", "0", "Ġr", "1"]);
-        assert_eq!(
-            tokens("<think>\n</think>\n\n"),
-            ["<think>", "Ċ", "</think>", "ĊĊ"]
-        );
-        assert_eq!(
-            tokens("x<end_of_sentence>\n"),
-            ["x", "<end_of_sentence>", "Ċ"]
-        );
+        assert_eq!(tokens("<think>\n</think>\n\n"), ["<think>", "Ċ", "</think>", "ĊĊ"]);
+        assert_eq!(tokens("x<end_of_sentence>\n"), ["x", "<end_of_sentence>", "Ċ"]);
         // Hidden from people, but not the tags.
         let ids = encode(&tokenizer, "<think>hi</think><end_of_sentence>").unwrap();
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), "<think>hi</think>");
@@ -230,45 +195,24 @@ mod tests {
         let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         save(&small(), first.path()).unwrap();
         save(&small(), second.path()).unwrap();
-        for name in [
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "generation_config.json",
-        ] {
+        for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
             let read = |directory: &Path| std::fs::read_to_string(directory.join(name)).unwrap();
             assert_eq!(read(first.path()), read(second.path()));
         }
         let again = Tokenizer::from_file(first.path().join("tokenizer.json")).unwrap();
         let text = "What is 47+58?";
-        assert_eq!(
-            encode(&again, text).unwrap(),
-            encode(&small(), text).unwrap()
-        );
-        let config: serde_json::Value = serde_json::from_str(
-            &std::fs::read_to_string(first.path().join("generation_config.json")).unwrap(),
-        )
-        .unwrap();
-        assert_eq!(
-            config["eos_token_id"],
-            special_id(&again, "<end_of_sentence>").unwrap()
-        );
+        assert_eq!(encode(&again, text).unwrap(), encode(&small(), text).unwrap());
+        let config: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(first.path().join("generation_config.json")).unwrap())
+                .unwrap();
+        assert_eq!(config["eos_token_id"], special_id(&again, "<end_of_sentence>").unwrap());
         assert_eq!(config["top_p"], 0.95);
     }
 
     #[test]
     fn small_vocabularies_are_refused() {
-        assert!(
-            train(&DataConfig::default(), 10, 100)
-                .unwrap_err()
-                .to_string()
-                .contains("100")
-        );
+        assert!(train(&DataConfig::default(), 10, 100).unwrap_err().to_string().contains("100"));
         let bare = Tokenizer::new(BPE::default());
-        assert!(
-            special_id(&bare, "<end_of_sentence>")
-                .unwrap_err()
-                .to_string()
-                .contains("<end_of_sentence>")
-        );
+        assert!(special_id(&bare, "<end_of_sentence>").unwrap_err().to_string().contains("<end_of_sentence>"));
     }
 }

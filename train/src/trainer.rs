@@ -21,9 +21,7 @@ use crate::parameters;
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The loss or the gradient is no number any more.
-    #[error(
-        "step {step}: the loss is {loss} and the gradient's norm {grad_norm}; a lower --lr or --clip would help"
-    )]
+    #[error("step {step}: the loss is {loss} and the gradient's norm {grad_norm}; a lower --lr or --clip would help")]
     Diverged {
         /// The step that failed, from 1.
         step: u64,
@@ -93,10 +91,7 @@ impl Trainer {
         // One pool of one thread per worker: whatever Burn spreads over rayon then stays in that worker's thread.
         let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
         let pools = (0..threads.max(1)).map(pool).collect::<Result<Vec<_>, _>>();
-        let pools = pools.map_err(|e| TrainError::Threads {
-            threads,
-            reason: e.to_string(),
-        })?;
+        let pools = pools.map_err(|e| TrainError::Threads { threads, reason: e.to_string() })?;
         Ok(Self {
             device: model.device(),
             optimizer: Optimizer::new(settings, parameters::infos(&model)),
@@ -135,10 +130,7 @@ impl Trainer {
         let targets: usize = examples.iter().map(targets).sum();
         let tokens: usize = examples.iter().map(|e| e.ids.len()).sum();
         if targets == 0 {
-            return Err(TrainError::NothingToLearn {
-                step,
-                examples: examples.len(),
-            });
+            return Err(TrainError::NothingToLearn { step, examples: examples.len() });
         }
 
         let parts = in_parallel(&self.pools, micros.len(), |i| {
@@ -158,11 +150,7 @@ impl Trainer {
         let values = parameters::values(&self.model);
         let (values, grad_norm) = self.optimizer.step(lr, values, gradients, &self.pools);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(TrainError::Diverged {
-                step,
-                loss,
-                grad_norm,
-            });
+            return Err(TrainError::Diverged { step, loss, grad_norm });
         }
         self.model = parameters::with_values(self.model.clone(), values);
         self.steps = step;
@@ -202,9 +190,7 @@ pub(crate) fn in_parallel<T: Send>(
                             break;
                         }
                         let result = job(i);
-                        done.lock()
-                            .unwrap_or_else(|e| e.into_inner())
-                            .push((i, result));
+                        done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
                     }
                 });
             });
@@ -247,9 +233,7 @@ fn micro_batch(model: &M1, examples: &[&Example], targets: usize, share: f64) ->
 pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
     let (mut rows, mut offsets, mut next) = (Vec::new(), Vec::new(), Vec::new());
     for example in examples {
-        let learned: Vec<usize> = (1..example.ids.len())
-            .filter(|&t| example.loss[t])
-            .collect();
+        let learned: Vec<usize> = (1..example.ids.len()).filter(|&t| example.loss[t]).collect();
         next.extend(learned.iter().map(|&t| example.ids[t] as i32));
         offsets.push(learned.iter().map(|t| t - 1).collect());
         rows.push(example.ids[..example.ids.len().saturating_sub(1)].to_vec());
@@ -297,9 +281,7 @@ struct Load {
 impl Load {
     fn new(model: &M1) -> Self {
         let config = model.config();
-        Self {
-            counts: vec![vec![0; config.num_local_experts]; config.num_hidden_layers],
-        }
+        Self { counts: vec![vec![0; config.num_local_experts]; config.num_hidden_layers] }
     }
 
     fn add(&mut self, choices: &[Vec<u32>]) {
@@ -314,9 +296,7 @@ impl Load {
     fn range(&self) -> (f64, f64) {
         let relative = self.counts.iter().flat_map(|counts| {
             let fair = counts.iter().sum::<u64>() as f64 / counts.len() as f64;
-            counts
-                .iter()
-                .map(move |&c| c as f64 / fair.max(f64::MIN_POSITIVE))
+            counts.iter().map(move |&c| c as f64 / fair.max(f64::MIN_POSITIVE))
         });
         relative.fold((f64::MAX, 0.0), |(low, high), r| (low.min(r), high.max(r)))
     }

@@ -51,43 +51,20 @@ fn a_table_a_file_and_the_same_again() {
     let dir = dir.path();
     write_model(dir);
     let json = dir.join("scores.json");
-    let asked = [
-        "--tasks",
-        "addition,clock",
-        "--difficulty",
-        "2..3",
-        "--n",
-        "5",
-        "--json",
-    ];
+    let asked = ["--tasks", "addition,clock", "--difficulty", "2..3", "--n", "5", "--json"];
     let more: Vec<&str> = asked.into_iter().chain([json.to_str().unwrap()]).collect();
     let first = eval(dir, &more);
     let text = String::from_utf8(first.stdout).unwrap();
-    assert!(
-        first.status.success(),
-        "{}",
-        String::from_utf8_lossy(&first.stderr)
-    );
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
     // Six tokens answer nothing, and a reply that is cut counts as wrong.
-    assert_eq!(
-        text.matches("| addition | 0 | 0 | 10 |").count(),
-        2,
-        "{text}"
-    );
+    assert_eq!(text.matches("| addition | 0 | 0 | 10 |").count(), 2, "{text}");
     assert_eq!(text.matches("| clock | 0 | 0 | 10 |").count(), 2, "{text}");
-    assert!(
-        text.contains("20 different questions; 0 of them occur in the first 50"),
-        "{text}"
-    );
-    let report: serde_json::Value =
-        serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    assert!(text.contains("20 different questions; 0 of them occur in the first 50"), "{text}");
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     assert_eq!(report["scores"].as_array().unwrap().len(), 2 * 2 * 2);
     assert_eq!(report["scores"][1]["mode"], "sampled");
 
-    let again = eval(
-        dir,
-        &[&more[..], &["--rows", "2", "--threads", "1"]].concat(),
-    );
+    let again = eval(dir, &[&more[..], &["--rows", "2", "--threads", "1"]].concat());
     assert_eq!(String::from_utf8(again.stdout).unwrap(), text);
 }
 
@@ -98,10 +75,7 @@ fn mistakes_get_one_line_that_says_what_would_be_right() {
     write_model(dir);
     for (more, says) in [
         (["--difficulty", "11"], "--difficulty 11: expected 1 to 10"),
-        (
-            ["--tasks", "chess"],
-            "--tasks chess: no such task; there are addition, ",
-        ),
+        (["--tasks", "chess"], "--tasks chess: no such task; there are addition, "),
         (["--temperature", "-1"], "temperature"),
         (["--json", "/no/such/folder/x"], "--json /no/such/folder/x"),
     ] {
@@ -112,10 +86,7 @@ fn mistakes_get_one_line_that_says_what_would_be_right() {
         assert!(text.contains(says), "{more:?}: {text}");
     }
     let text = String::from_utf8(eval(&dir.join("none"), &[]).stderr).unwrap();
-    assert!(
-        text.contains("none") && text.contains("config.json"),
-        "{text}"
-    );
+    assert!(text.contains("none") && text.contains("config.json"), "{text}");
 }
 
 #[test]
@@ -123,10 +94,7 @@ fn a_reply_does_not_depend_on_its_neighbours() {
     let dir = tempfile::tempdir().unwrap();
     let model = write_model(dir.path());
     let prompts: Vec<Prompt> = (0..5u32)
-        .map(|i| Prompt {
-            ids: (0..3 + 4 * i).map(|j| (17 * i + 5 * j) % 300).collect(),
-            seed: u64::from(i),
-        })
+        .map(|i| Prompt { ids: (0..3 + 4 * i).map(|j| (17 * i + 5 * j) % 300).collect(), seed: u64::from(i) })
         .collect();
     let options = DecodeOptions {
         sampling: SamplingOptions::default(),

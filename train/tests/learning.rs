@@ -38,14 +38,7 @@ fn model() -> M1 {
 }
 
 fn trainer(micro_tokens: usize, threads: usize) -> Trainer {
-    Trainer::new(
-        model(),
-        OptimizerSettings::default(),
-        micro_tokens,
-        threads,
-        0,
-    )
-    .unwrap()
+    Trainer::new(model(), OptimizerSettings::default(), micro_tokens, threads, 0).unwrap()
 }
 
 /// Copy tasks: a few ids, a separator, the same ids again; only the copy is to be learned.
@@ -67,10 +60,7 @@ fn examples(count: u32) -> Vec<Example> {
 
 fn weights(trainer: &Trainer) -> Vec<Vec<u32>> {
     let bits = |v: burn::tensor::Tensor<1>| v.into_data().iter::<f32>().map(f32::to_bits).collect();
-    parameters::values(trainer.model())
-        .into_iter()
-        .map(bits)
-        .collect()
+    parameters::values(trainer.model()).into_iter().map(bits).collect()
 }
 
 #[test]
@@ -92,9 +82,7 @@ fn threads_change_no_bit_and_parts_only_the_rounding() {
     let batch = examples(24);
     let run = |micro_tokens, threads| {
         let mut trainer = trainer(micro_tokens, threads);
-        let losses: Vec<f64> = (0..3)
-            .map(|_| trainer.step(&batch, 1e-3).unwrap().loss)
-            .collect();
+        let losses: Vec<f64> = (0..3).map(|_| trainer.step(&batch, 1e-3).unwrap().loss).collect();
         (losses, weights(&trainer))
     };
     let (losses, one) = run(64, 1);
@@ -126,14 +114,5 @@ fn nothing_to_learn_is_an_error_that_names_the_step() {
     let mut batch = examples(1);
     batch[0].loss.fill(false);
     let error = trainer(64, 1).step(&batch, 1e-3).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            TrainError::NothingToLearn {
-                step: 1,
-                examples: 1
-            }
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, TrainError::NothingToLearn { step: 1, examples: 1 }), "{error}");
 }

@@ -27,24 +27,8 @@ fn write_config(dir: &Path) -> std::path::PathBuf {
 fn command(steps: &str, dir: &Path, out: &str, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_m1-train"));
     command
-        .args([
-            "pretrain",
-            "--steps",
-            steps,
-            "--batch-tokens",
-            "600",
-            "--micro-tokens",
-            "200",
-        ])
-        .args([
-            "--save-every",
-            "4",
-            "--warmup",
-            "3",
-            "--device",
-            "cpu",
-            "--config",
-        ])
+        .args(["pretrain", "--steps", steps, "--batch-tokens", "600", "--micro-tokens", "200"])
+        .args(["--save-every", "4", "--warmup", "3", "--device", "cpu", "--config"])
         .arg(write_config(dir))
         .arg("--out")
         .arg(dir.join(out))
@@ -60,21 +44,14 @@ fn run(dir: &Path, out: &str, more: &[&str]) -> Output {
 
 fn succeed(dir: &Path, out: &str, more: &[&str]) {
     let output = run(dir, out, more);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Lets the run go on until its metrics have `lines` lines.
 fn wait_for_lines(child: &mut Child, metrics: &Path, lines: usize) {
     let start = Instant::now();
     while fs::read_to_string(metrics).map_or(0, |text| text.lines().count()) < lines {
-        assert!(
-            start.elapsed() < Duration::from_secs(240),
-            "no {lines} steps in time"
-        );
+        assert!(start.elapsed() < Duration::from_secs(240), "no {lines} steps in time");
         assert!(child.try_wait().unwrap().is_none(), "ended by itself");
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -83,10 +60,7 @@ fn wait_for_lines(child: &mut Child, metrics: &Path, lines: usize) {
 /// The metrics without what a clock decides.
 fn curve(path: &Path) -> Vec<(u64, u64, f64, f64)> {
     let metrics = m1_train::metrics::read(path).unwrap();
-    metrics
-        .iter()
-        .map(|m| (m.step, m.tokens, m.loss, m.grad_norm))
-        .collect()
+    metrics.iter().map(|m| (m.step, m.tokens, m.loss, m.grad_norm)).collect()
 }
 
 #[test]
@@ -99,10 +73,7 @@ fn killed_and_resumed_equals_uninterrupted() {
     let metrics = dir.join("pieces/metrics.jsonl");
     for (lines, threads) in [(6, "2"), (10, "1")] {
         let resume: &[&str] = if lines == 6 { &[] } else { &["--resume"] };
-        let mut child = command(STEPS, dir, "pieces", resume)
-            .args(["--threads", threads])
-            .spawn()
-            .unwrap();
+        let mut child = command(STEPS, dir, "pieces", resume).args(["--threads", threads]).spawn().unwrap();
         wait_for_lines(&mut child, &metrics, lines);
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
@@ -112,10 +83,7 @@ fn killed_and_resumed_equals_uninterrupted() {
     let model = |out: &str| fs::read(dir.join(out).join("model.safetensors")).unwrap();
     assert!(model("whole") == model("pieces"), "bf16 weights");
     let f32_weights = |out: &str| {
-        let folder = dir
-            .join(out)
-            .join("checkpoints")
-            .join(format!("step-{STEPS:0>8}"));
+        let folder = dir.join(out).join("checkpoints").join(format!("step-{STEPS:0>8}"));
         fs::read(folder.join("model.safetensors")).unwrap()
     };
     assert!(f32_weights("whole") == f32_weights("pieces"), "f32 weights");
@@ -123,27 +91,15 @@ fn killed_and_resumed_equals_uninterrupted() {
     assert_eq!(curve(&metrics).len(), STEPS.parse::<usize>().unwrap());
 
     // What a finished run leaves: a model directory, the plot, one checkpoint, nothing half-written.
-    for file in [
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "loss.svg",
-    ] {
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "loss.svg"] {
         assert!(dir.join("pieces").join(file).is_file(), "{file}");
     }
     let names = |folder: &str| {
         let entries = fs::read_dir(dir.join(folder)).unwrap();
-        entries
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect::<Vec<_>>()
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
     };
     assert_eq!(names("pieces/checkpoints").len(), 1);
-    assert!(
-        names("pieces").iter().all(|n| !n.contains("partial")),
-        "{:?}",
-        names("pieces")
-    );
+    assert!(names("pieces").iter().all(|n| !n.contains("partial")), "{:?}", names("pieces"));
 
     // Mistakes get one line each.
     for (more, says) in [
@@ -167,19 +123,10 @@ fn an_interrupted_run_saves_and_says_how_to_go_on() {
     let mut child = command("100000", dir, "run", &[]).spawn().unwrap();
     wait_for_lines(&mut child, &dir.join("run/metrics.jsonl"), 3);
     let id = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &id])
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{text}");
     assert!(text.contains("with --resume goes on"), "{text}");
-    assert_eq!(
-        fs::read_dir(dir.join("run/checkpoints")).unwrap().count(),
-        1
-    );
+    assert_eq!(fs::read_dir(dir.join("run/checkpoints")).unwrap().count(), 1);
 }

@@ -43,20 +43,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Modes::Both)]
     mode: Modes,
     /// Temperature of the sampled mode
-    #[arg(
-        long,
-        value_name = "T",
-        default_value_t = 1.0,
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "T", default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Nucleus of the sampled mode
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 0.95,
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     top_p: f32,
     /// Longest reply; one that is cut counts as wrong
     #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
@@ -94,12 +84,8 @@ enum Modes {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let difficulties = difficulties(&args.difficulty).with_context(|| {
-        format!(
-            "--difficulty {}: expected 1 to 10, as 3, 1..5 or 1,3,5",
-            args.difficulty
-        )
-    })?;
+    let difficulties = difficulties(&args.difficulty)
+        .with_context(|| format!("--difficulty {}: expected 1 to 10, as 3, 1..5 or 1,3,5", args.difficulty))?;
     let chosen = chosen_tasks(&args.tasks)?;
     let settings = EvalSettings {
         difficulties,
@@ -119,31 +105,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     // Found out before the work, not after it.
     if let Some(path) = &args.json
-        && !path
-            .parent()
-            .is_none_or(|p| p.as_os_str().is_empty() || p.is_dir())
+        && !path.parent().is_none_or(|p| p.as_os_str().is_empty() || p.is_dir())
     {
         bail!("--json {}: its folder does not exist", path.display());
     }
     let open = args.device.open()?;
     eprintln!("device: {}", open.name);
     let dtype = open.is_cpu.then_some(WeightDtype::F32);
-    let model = checkpoint::load(
-        &args.model,
-        &open.device,
-        &LoadOptions {
-            dtype,
-            ..LoadOptions::default()
-        },
-    )?;
+    let model = checkpoint::load(&args.model, &open.device, &LoadOptions { dtype, ..LoadOptions::default() })?;
     let tokenizer = Tokenizer::from_dir(&args.model)?;
     let generation = GenerationConfig::read(&args.model)?.unwrap_or_default();
     let end_ids = generation.end_ids(&tokenizer);
     if end_ids.is_empty() {
-        bail!(
-            "{}: no end-of-turn id in generation_config.json or tokenizer_config.json",
-            args.model.display()
-        );
+        bail!("{}: no end-of-turn id in generation_config.json or tokenizer_config.json", args.model.display());
     }
     let data = Data::new(DataConfig::default(), load_tokenizer(&args.model)?)?;
 
@@ -154,15 +128,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let pools = (0..threads).map(pool).collect::<Result<Vec<_>, _>>()?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:30.cyan/dim} {pos}/{len} problems, {eta} left",
-    )?);
-    let subject = Subject {
-        model: &model,
-        tokenizer: &tokenizer,
-        end_ids,
-        data: &data,
-    };
+    bar.set_style(ProgressStyle::with_template("{bar:30.cyan/dim} {pos}/{len} problems, {eta} left")?);
+    let subject = Subject { model: &model, tokenizer: &tokenizer, end_ids, data: &data };
     let report = evaluate(&subject, &chosen, &settings, &pools, &bar)?;
     bar.finish_and_clear();
 
@@ -177,10 +144,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     for (task, difficulty, mode, samples) in &report.samples {
         for sample in samples {
             let verdict = if sample.solved { "solved" } else { "wrong" };
-            writeln!(
-                out,
-                "--- {task}, difficulty {difficulty}, {mode:?}: {verdict}"
-            )?;
+            writeln!(out, "--- {task}, difficulty {difficulty}, {mode:?}: {verdict}")?;
             writeln!(out, "{}\n{}", sample.question, sample.reply)?;
             if !sample.solved {
                 writeln!(out, "(expected: {})", sample.expected)?;
@@ -200,16 +164,9 @@ fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task
     if names.is_empty() {
         return Ok(tasks::all().to_vec());
     }
-    let known = || {
-        tasks::all()
-            .iter()
-            .map(|t| t.name())
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
+    let known = || tasks::all().iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
     let by_name = |name: &String| {
-        tasks::by_name(name)
-            .with_context(|| format!("--tasks {name}: no such task; there are {}", known()))
+        tasks::by_name(name).with_context(|| format!("--tasks {name}: no such task; there are {}", known()))
     };
     names.iter().map(by_name).collect()
 }

@@ -117,10 +117,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ),
         (None, resume) => {
             if resume {
-                eprintln!(
-                    "{}: no checkpoint yet, starting at step 0",
-                    args.out.display()
-                );
+                eprintln!("{}: no checkpoint yet, starting at step 0", args.out.display());
             }
             start(&args, threads, &device)?
         }
@@ -138,10 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     );
 
     let stop = stop_on_signal()?;
-    let pace = Pace {
-        save_every: args.save_every,
-        log_every: args.log_every,
-    };
+    let pace = Pace { save_every: args.save_every, log_every: args.log_every };
     let ended = pretrain(&args.out, &mut trainer, &mut state, &data, pace, &stop)?;
     let p = &state.progress;
     match ended {
@@ -156,10 +150,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Ended::Interrupted => {
-            eprintln!(
-                "stopped at step {} and saved; the same command with --resume goes on",
-                p.step
-            );
+            eprintln!("stopped at step {} and saved; the same command with --resume goes on", p.step);
             Ok(ExitCode::from(130))
         }
     }
@@ -169,18 +160,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunState, Trainer)> {
     let settings = Settings {
         seed: args.seed.unwrap_or(1),
-        data: DataConfig {
-            seed: args.seed.unwrap_or(1),
-            ..DataConfig::default()
-        },
+        data: DataConfig { seed: args.seed.unwrap_or(1), ..DataConfig::default() },
         steps: args.steps.or(args.minutes.is_none().then_some(3000)),
         minutes: args.minutes,
         batch_tokens: args.batch_tokens.unwrap_or(6144) as usize,
         micro_tokens: args.micro_tokens.unwrap_or(1536) as usize,
-        schedule: Schedule {
-            peak: args.lr.unwrap_or(2e-3),
-            warmup: args.warmup.unwrap_or(100),
-        },
+        schedule: Schedule { peak: args.lr.unwrap_or(2e-3), warmup: args.warmup.unwrap_or(100) },
         optimizer: OptimizerSettings {
             weight_decay: args.weight_decay.unwrap_or(0.1) as f32,
             clip: args.clip.unwrap_or(1.0),
@@ -197,10 +182,7 @@ fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunSta
     device.seed(settings.seed);
     let model = M1::new(&config, device).materialize();
     let trainer = Trainer::new(model, settings.optimizer, settings.micro_tokens, threads, 0)?;
-    let state = RunState {
-        progress: Progress::default(),
-        settings,
-    };
+    let state = RunState { progress: Progress::default(), settings };
     Ok((state, trainer))
 }
 
@@ -216,30 +198,15 @@ fn resume(
     let float = |v: Option<u64>| v.map(|v| v as f64);
     for (flag, given, was) in [
         ("--seed", float(args.seed), s.seed as f64),
-        (
-            "--batch-tokens",
-            float(args.batch_tokens),
-            s.batch_tokens as f64,
-        ),
-        (
-            "--micro-tokens",
-            float(args.micro_tokens),
-            s.micro_tokens as f64,
-        ),
+        ("--batch-tokens", float(args.batch_tokens), s.batch_tokens as f64),
+        ("--micro-tokens", float(args.micro_tokens), s.micro_tokens as f64),
         ("--lr", args.lr, s.schedule.peak),
         ("--warmup", float(args.warmup), s.schedule.warmup as f64),
-        (
-            "--weight-decay",
-            args.weight_decay.map(|x| f64::from(x as f32)),
-            s.optimizer.weight_decay.into(),
-        ),
+        ("--weight-decay", args.weight_decay.map(|x| f64::from(x as f32)), s.optimizer.weight_decay.into()),
         ("--clip", args.clip, s.optimizer.clip),
     ] {
         if let Some(given) = given.filter(|&g| g != was) {
-            bail!(
-                "{flag} {given}: the run in {} has {was}; leave the flag out to go on with it",
-                args.out.display()
-            );
+            bail!("{flag} {given}: the run in {} has {was}; leave the flag out to go on with it", args.out.display());
         }
     }
     let mut state = saved.clone();
@@ -250,10 +217,7 @@ fn resume(
     let trainer = run::load_trainer(folder, &state, threads, device)?;
     if args.preset.is_some() || args.config.is_some() || args.router_aux_loss_coef.is_some() {
         let wanted = fit_to_tokenizer(wanted_config(args)?, &args.out)?;
-        let sizes = |c: &ModelConfig| ModelConfig {
-            extra: Default::default(),
-            ..c.clone()
-        };
+        let sizes = |c: &ModelConfig| ModelConfig { extra: Default::default(), ..c.clone() };
         if sizes(&wanted) != sizes(trainer.model().config()) {
             bail!(
                 "--preset, --config, --router-aux-loss-coef: the run in {} has another configuration; leave them out",
@@ -268,8 +232,9 @@ fn resume(
 fn wanted_config(args: &Args) -> anyhow::Result<ModelConfig> {
     let mut config = match (&args.config, args.preset.as_deref().unwrap_or("nano")) {
         (Some(file), _) => ModelConfig::from_file(file).context("--config")?,
-        (None, name) => ModelConfig::preset(name)
-            .with_context(|| format!("--preset {name}: expected nano, small or base"))?,
+        (None, name) => {
+            ModelConfig::preset(name).with_context(|| format!("--preset {name}: expected nano, small or base"))?
+        }
     };
     if let Some(coefficient) = args.router_aux_loss_coef {
         config.router_aux_loss_coef = coefficient;
@@ -282,13 +247,8 @@ fn fit_to_tokenizer(mut config: ModelConfig, folder: &Path) -> anyhow::Result<Mo
     let made = load_tokenizer(folder)?;
     config.vocab_size = tokenizer::vocab_size(&made);
     config.max_position_embeddings = config.max_position_embeddings.min(4096);
-    for (key, token) in [
-        ("bos_token_id", "<beginning_of_sentence>"),
-        ("eos_token_id", "<end_of_sentence>"),
-    ] {
-        config
-            .extra
-            .insert(key.into(), tokenizer::special_id(&made, token)?.into());
+    for (key, token) in [("bos_token_id", "<beginning_of_sentence>"), ("eos_token_id", "<end_of_sentence>")] {
+        config.extra.insert(key.into(), tokenizer::special_id(&made, token)?.into());
     }
     config.validate()?;
     Ok(config)

@@ -32,15 +32,8 @@ impl Expression {
             return Not(Box::new(Self::draw(draw, operators - 1)));
         }
         let left = draw.below(operators);
-        let (a, b) = (
-            Self::draw(draw, left),
-            Self::draw(draw, operators - 1 - left),
-        );
-        if draw.chance(50) {
-            And(Box::new(a), Box::new(b))
-        } else {
-            Or(Box::new(a), Box::new(b))
-        }
+        let (a, b) = (Self::draw(draw, left), Self::draw(draw, operators - 1 - left));
+        if draw.chance(50) { And(Box::new(a), Box::new(b)) } else { Or(Box::new(a), Box::new(b)) }
     }
 
     fn text(&self) -> String {
@@ -96,14 +89,7 @@ impl Task for Boolean {
             _ => format!("What is the value of {key}?"),
         };
         let answer = expression.text();
-        Problem {
-            task: self.name(),
-            difficulty,
-            key,
-            question,
-            thinking: lines.join("\n"),
-            answer,
-        }
+        Problem { task: self.name(), difficulty, key, question, thinking: lines.join("\n"), answer }
     }
 }
 
@@ -119,10 +105,7 @@ mod tests {
     #[test]
     fn reduces_from_the_inside() {
         let value = |v| Box::new(Value(v));
-        let expression = Or(
-            Box::new(And(value(true), value(false))),
-            Box::new(Not(value(false))),
-        );
+        let expression = Or(Box::new(And(value(true), value(false))), Box::new(Not(value(false))));
         assert_eq!(expression.text(), "(true and false) or (not false)");
         let expression = expression.reduce();
         assert_eq!(expression.text(), "false or true");
@@ -131,16 +114,10 @@ mod tests {
 
     #[test]
     fn both_answers_come_up() {
-        let truths = (0..400)
-            .filter(|&index| Boolean.generate(1, index, 3).answer == "true")
-            .count();
+        let truths = (0..400).filter(|&index| Boolean.generate(1, index, 3).answer == "true").count();
         assert!((140..260).contains(&truths), "{truths}");
         let problem = Boolean.generate(1, 0, 3);
-        let other = if problem.answer == "true" {
-            "false"
-        } else {
-            "true"
-        };
+        let other = if problem.answer == "true" { "false" } else { "true" };
         assert!(!Boolean.verify(&problem, other));
         assert!(!Boolean.verify(&problem, &problem.answer.to_uppercase()));
     }

@@ -16,10 +16,7 @@ pub struct Brackets;
 const KINDS: [(char, char); 3] = [('(', ')'), ('[', ']'), ('{', '}')];
 
 fn closing(open: char) -> char {
-    KINDS
-        .iter()
-        .find(|kind| kind.0 == open)
-        .map_or(open, |kind| kind.1)
+    KINDS.iter().find(|kind| kind.0 == open).map_or(open, |kind| kind.1)
 }
 
 /// A matching sequence of that many pairs, no deeper than 4.
@@ -49,10 +46,7 @@ fn steps(text: &str) -> (String, bool) {
             lines.push(format!("{bracket}:x"));
             return (lines.join("\n"), false);
         }
-        lines.push(format!(
-            "{bracket}:{}",
-            if open.is_empty() { "0" } else { &open }
-        ));
+        lines.push(format!("{bracket}:{}", if open.is_empty() { "0" } else { &open }));
     }
     (lines.join("\n"), open.is_empty())
 }
@@ -63,9 +57,7 @@ impl Task for Brackets {
     }
 
     fn draw(&self, draw: &mut Draw, difficulty: u8) -> Problem {
-        let mut text: Vec<char> = matching(draw, usize::from(difficulty) + 1)
-            .chars()
-            .collect();
+        let mut text: Vec<char> = matching(draw, usize::from(difficulty) + 1).chars().collect();
         if draw.chance(55) {
             // One change: a bracket lost, doubled, or of another kind (which may be the same, and then all matches).
             let place = draw.below(text.len());
@@ -88,14 +80,7 @@ impl Task for Brackets {
             _ => format!("Check the brackets: {key}"),
         };
         let answer = if matches { "yes" } else { "no" }.to_string();
-        Problem {
-            task: self.name(),
-            difficulty,
-            key,
-            question,
-            thinking,
-            answer,
-        }
+        Problem { task: self.name(), difficulty, key, question, thinking, answer }
     }
 }
 

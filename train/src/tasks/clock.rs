@@ -31,10 +31,7 @@ fn span(minutes: u64) -> String {
         1 => format!("1 {name}"),
         _ => format!("{count} {name}s"),
     };
-    [unit(minutes / 60, "hour"), unit(minutes % 60, "minute")]
-        .join(" ")
-        .trim()
-        .to_string()
+    [unit(minutes / 60, "hour"), unit(minutes % 60, "minute")].join(" ").trim().to_string()
 }
 
 /// The steps from the time `start` (minutes after midnight) over `minutes`, ending in a line with the new time.
@@ -50,12 +47,7 @@ fn steps(start: u64, minutes: u64) -> String {
         }
     }
     let hours = start / 60 + minutes / 60 + carry;
-    let _ = writeln!(
-        text,
-        "{:02}+{}+{carry}={hours:02}",
-        start / 60,
-        minutes / 60
-    );
+    let _ = writeln!(text, "{:02}+{}+{carry}={hours:02}", start / 60, minutes / 60);
     if hours >= 24 {
         let _ = writeln!(text, "{hours}-24={:02}", hours - 24);
     }
@@ -78,21 +70,13 @@ impl Task for Clock {
                 _ => 60 * draw.range(0, 9) + draw.range(1, 59),
             })
             .collect();
-        let start = if difficulty < 5 {
-            5 * draw.range(0, 287)
-        } else {
-            draw.range(0, 1439)
-        };
+        let start = if difficulty < 5 { 5 * draw.range(0, 287) } else { draw.range(0, 1439) };
         let (mut now, mut thinking) = (start, Vec::new());
         for minutes in &spans {
             thinking.push(steps(now, *minutes));
             now = (now + minutes) % 1440;
         }
-        let given = spans
-            .iter()
-            .map(|&minutes| span(minutes))
-            .collect::<Vec<_>>()
-            .join(" and then ");
+        let given = spans.iter().map(|&minutes| span(minutes)).collect::<Vec<_>>().join(" and then ");
         let start = time(start);
         let question = match draw.below(4) {
             0 => format!("It is {start}. What time will it be in {given}?"),
@@ -129,13 +113,8 @@ mod tests {
         assert_eq!(steps(9 * 60 + 5, 180), "09+3+0=12\n12:05");
         assert_eq!(span(61), "1 hour 1 minute");
         assert_eq!(span(120), "2 hours");
-        for (start, minutes) in (0..1440)
-            .step_by(7)
-            .flat_map(|start| [(start, 1), (start, 599), (start, 300)])
-        {
-            assert!(
-                steps(start, minutes).ends_with(&format!("\n{}", time((start + minutes) % 1440)))
-            );
+        for (start, minutes) in (0..1440).step_by(7).flat_map(|start| [(start, 1), (start, 599), (start, 300)]) {
+            assert!(steps(start, minutes).ends_with(&format!("\n{}", time((start + minutes) % 1440))));
         }
     }
 }

@@ -65,31 +65,17 @@ mod tests {
     #[test]
     fn columns_read_as_documented() {
         assert_eq!(add(47, 58), "47+58\n7+8+0=15 5\n4+5+1=10 05\n=105");
-        assert_eq!(
-            add(5, 120),
-            "5+120\n5+0+0=05 5\n0+2+0=02 25\n0+1+0=01 125\n=125"
-        );
+        assert_eq!(add(5, 120), "5+120\n5+0+0=05 5\n0+2+0=02 25\n0+1+0=01 125\n=125");
         assert_eq!(subtract(52, 38), "52-38\n12-8-0=4 4\n05-3-1=1 14\n=14");
-        assert_eq!(
-            subtract(100, 99),
-            "100-99\n10-9-0=1 1\n10-9-1=0 01\n01-0-1=0 001\n=1"
-        );
+        assert_eq!(subtract(100, 99), "100-99\n10-9-0=1 1\n10-9-1=0 01\n01-0-1=0 001\n=1");
     }
 
     #[test]
     fn last_partial_result_is_the_result() {
         for (a, b) in (0..40).map(|i| (i * 7919 % 2003, i * 104_729 % 1009)) {
             let (a, b) = (a.max(b), a.min(b));
-            let last = |text: &str| {
-                text.lines()
-                    .nth_back(1)
-                    .unwrap()
-                    .rsplit(' ')
-                    .next()
-                    .unwrap()
-                    .parse::<u64>()
-                    .unwrap()
-            };
+            let last =
+                |text: &str| text.lines().nth_back(1).unwrap().rsplit(' ').next().unwrap().parse::<u64>().unwrap();
             assert_eq!(last(&subtract(a, b)), a - b);
             let sum = add(a, b);
             assert_eq!((a + b) % 10u64.pow(width(a) as u32), last(&sum));

@@ -24,12 +24,7 @@ fn relation(a: usize, b: usize) -> char {
 }
 
 fn steps(a: &str, b: &str) -> String {
-    let mut text = format!(
-        "length {}{}{}",
-        a.len(),
-        relation(a.len(), b.len()),
-        b.len()
-    );
+    let mut text = format!("length {}{}{}", a.len(), relation(a.len(), b.len()), b.len());
     if a.len() == b.len() {
         for (x, y) in a.bytes().zip(b.bytes()) {
             let (x, y) = (usize::from(x - b'0'), usize::from(y - b'0'));
@@ -58,11 +53,7 @@ impl Task for Compare {
                 // The first digits are kept, the rest drawn anew.
                 let unit = 10u64.pow(1 + draw.below(digits as usize) as u32);
                 let kept = a / unit * unit;
-                if kept == 0 {
-                    draw.digits(digits)
-                } else {
-                    kept + draw.range(0, unit - 1)
-                }
+                if kept == 0 { draw.digits(digits) } else { kept + draw.range(0, unit - 1) }
             };
             if b != a {
                 break b;
@@ -111,11 +102,7 @@ mod tests {
             let a_is_larger = a.parse::<u64>().unwrap() > b.parse::<u64>().unwrap();
             let last = problem.thinking.lines().last().unwrap();
             assert_eq!(last.contains('>'), a_is_larger, "{problem:?}");
-            let (right, wrong) = if a_is_larger == problem.key.starts_with('>') {
-                (a, b)
-            } else {
-                (b, a)
-            };
+            let (right, wrong) = if a_is_larger == problem.key.starts_with('>') { (a, b) } else { (b, a) };
             assert!(Compare.verify(&problem, right) && !Compare.verify(&problem, wrong));
         }
     }

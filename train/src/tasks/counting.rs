@@ -9,9 +9,7 @@ use super::{Draw, Problem, Task};
 /// See the file's head.
 pub struct Counting;
 
-const KINDS: [&str; 8] = [
-    "red", "blue", "green", "white", "black", "pink", "gold", "gray",
-];
+const KINDS: [&str; 8] = ["red", "blue", "green", "white", "black", "pink", "gold", "gray"];
 
 /// Every item with how many so far equal `wanted`; the last count.
 fn running<'a>(items: impl Iterator<Item = &'a str>, wanted: &str) -> (String, usize) {
@@ -27,19 +25,10 @@ fn letters(draw: &mut Draw, difficulty: u8) -> (String, String, String, usize) {
     let length = usize::from(difficulty) + 1..=usize::from(difficulty) + 3;
     let fitting: Vec<_> = WORDS
         .iter()
-        .filter(|word| {
-            if difficulty < 7 {
-                length.contains(&word.len())
-            } else {
-                word.len() >= 5
-            }
-        })
+        .filter(|word| if difficulty < 7 { length.contains(&word.len()) } else { word.len() >= 5 })
         .collect();
     let parts = [1, 2, 3][usize::from(difficulty >= 7) + usize::from(difficulty >= 9)];
-    let text = (0..parts)
-        .map(|_| **draw.pick(&fitting))
-        .collect::<Vec<_>>()
-        .join(" ");
+    let text = (0..parts).map(|_| **draw.pick(&fitting)).collect::<Vec<_>>().join(" ");
     let all: Vec<_> = text.chars().filter(|letter| *letter != ' ').collect();
     // Three times in four a letter of the word, and then one that repeats if the first draw did not.
     let mut letter = *draw.pick(&all);
@@ -64,9 +53,7 @@ fn items(draw: &mut Draw, difficulty: u8) -> (String, String, String, usize) {
     let mut kinds = KINDS;
     draw.shuffle(&mut kinds);
     let kinds = &kinds[..2 + usize::from(difficulty) / 4];
-    let list: Vec<_> = (0..2 + usize::from(difficulty))
-        .map(|_| *draw.pick(kinds))
-        .collect();
+    let list: Vec<_> = (0..2 + usize::from(difficulty)).map(|_| *draw.pick(kinds)).collect();
     let wanted = *draw.pick(kinds);
     let text = list.join(", ");
     let question = match draw.below(3) {
@@ -86,14 +73,7 @@ impl Task for Counting {
     fn draw(&self, draw: &mut Draw, difficulty: u8) -> Problem {
         let kind = if draw.chance(60) { letters } else { items };
         let (key, question, thinking, count) = kind(draw, difficulty);
-        Problem {
-            task: self.name(),
-            difficulty,
-            key,
-            question,
-            thinking,
-            answer: count.to_string(),
-        }
+        Problem { task: self.name(), difficulty, key, question, thinking, answer: count.to_string() }
     }
 }
 
@@ -108,10 +88,7 @@ mod tests {
 
     #[test]
     fn counts_are_right() {
-        assert_eq!(
-            running("berry".split("").filter(|s| !s.is_empty()), "r"),
-            ("- b0 e0 r1 r2 y2".into(), 2)
-        );
+        assert_eq!(running("berry".split("").filter(|s| !s.is_empty()), "r"), ("- b0 e0 r1 r2 y2".into(), 2));
         for index in 0..200 {
             let problem = Counting.generate(1, index, 1 + (index % 10) as u8);
             let (wanted, text) = problem.key.split_once(" in ").unwrap();

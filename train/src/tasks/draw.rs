@@ -53,10 +53,7 @@ impl Draw {
                 return index;
             }
         }
-        weights
-            .iter()
-            .rposition(|&weight| weight > 0.0)
-            .unwrap_or(0)
+        weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(0)
     }
 
     /// Puts the items in random order (Fisher-Yates).
@@ -102,16 +99,10 @@ mod tests {
             seen[draw.range(0, 9) as usize] += 1;
             assert!((10..=99).contains(&draw.digits(2)));
         }
-        assert!(
-            seen.iter().all(|&count| (60..=140).contains(&count)),
-            "{seen:?}"
-        );
+        assert!(seen.iter().all(|&count| (60..=140).contains(&count)), "{seen:?}");
         let mut counts = [0; 3];
         (0..4000).for_each(|_| counts[draw.weighted(&[1.0, 0.0, 3.0])] += 1);
-        assert!(
-            (850..1150).contains(&counts[0]) && counts[1] == 0,
-            "{counts:?}"
-        );
+        assert!((850..1150).contains(&counts[0]) && counts[1] == 0, "{counts:?}");
         let mut items: Vec<_> = (0..20).collect();
         draw.shuffle(&mut items);
         assert_ne!(items, (0..20).collect::<Vec<_>>());

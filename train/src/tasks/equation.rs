@@ -38,10 +38,7 @@ impl Task for Equation {
     }
 
     fn draw(&self, draw: &mut Draw, difficulty: u8) -> Problem {
-        let x = draw.range(
-            1,
-            [9, 12, 6, 9, 12, 20, 40, 99, 250, 999][usize::from(difficulty) - 1],
-        );
+        let x = draw.range(1, [9, 12, 6, 9, 12, 20, 40, 99, 250, 999][usize::from(difficulty) - 1]);
         let a = match difficulty {
             1 if draw.chance(50) => draw.range(2, 9),
             1 | 2 => 1,
@@ -51,50 +48,25 @@ impl Task for Equation {
         let product = a * x;
         let minus = (difficulty == 2 || difficulty > 4) && product > 1 && draw.chance(40);
         let most = [9, 12, 9, 9, 30, 40, 60, 99, 250, 999][usize::from(difficulty) - 1];
-        let mut b = if difficulty == 1 && a > 1 {
-            0
-        } else {
-            draw.range(1, most)
-        };
+        let mut b = if difficulty == 1 && a > 1 { 0 } else { draw.range(1, most) };
         if minus {
             b = b.min(product - 1);
         }
-        let term = if a == 1 {
-            "x".to_string()
-        } else {
-            format!("{a}x")
-        };
+        let term = if a == 1 { "x".to_string() } else { format!("{a}x") };
         let (equation, step) = match (b, minus) {
             (0, _) => (format!("{term}={product}"), None),
-            (_, true) => (
-                format!("{term}-{b}={}", product - b),
-                Some(columns::add(product - b, b)),
-            ),
-            (_, false) => (
-                format!("{term}+{b}={}", product + b),
-                Some(columns::subtract(product + b, b)),
-            ),
+            (_, true) => (format!("{term}-{b}={}", product - b), Some(columns::add(product - b, b))),
+            (_, false) => (format!("{term}+{b}={}", product + b), Some(columns::subtract(product + b, b))),
         };
         let division = (a > 1).then(|| divide(product, a));
-        let thinking = step
-            .into_iter()
-            .chain(division)
-            .collect::<Vec<_>>()
-            .join("\n");
+        let thinking = step.into_iter().chain(division).collect::<Vec<_>>().join("\n");
         let question = match draw.below(4) {
             0 => format!("Solve {equation}."),
             1 => format!("Solve for x: {equation}"),
             2 => format!("What is x if {equation}?"),
             _ => format!("{equation}. Find x."),
         };
-        Problem {
-            task: self.name(),
-            difficulty,
-            key: equation,
-            question,
-            thinking,
-            answer: x.to_string(),
-        }
+        Problem { task: self.name(), difficulty, key: equation, question, thinking, answer: x.to_string() }
     }
 }
 
@@ -121,16 +93,8 @@ mod tests {
             let x: i64 = problem.answer.parse().unwrap();
             let (left, right) = problem.key.split_once('=').unwrap();
             let (a, rest) = left.split_once('x').unwrap();
-            let a = if a.is_empty() {
-                1
-            } else {
-                a.parse::<i64>().unwrap()
-            };
-            let b = if rest.is_empty() {
-                0
-            } else {
-                rest.parse::<i64>().unwrap()
-            };
+            let a = if a.is_empty() { 1 } else { a.parse::<i64>().unwrap() };
+            let b = if rest.is_empty() { 0 } else { rest.parse::<i64>().unwrap() };
             assert_eq!(a * x + b, right.parse::<i64>().unwrap(), "{problem:?}");
             assert!(!Equation.verify(&problem, &format!("x={x}")));
         }

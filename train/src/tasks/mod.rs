@@ -136,16 +136,10 @@ pub(crate) mod tests {
             for index in 0..200 {
                 let problem = task.generate(7, index, difficulty);
                 assert_eq!(problem, task.generate(7, index, difficulty));
-                assert_eq!(
-                    (problem.task, problem.difficulty),
-                    (task.name(), difficulty)
-                );
+                assert_eq!((problem.task, problem.difficulty), (task.name(), difficulty));
                 assert!(task.verify(&problem, &problem.reply()), "{problem:?}");
                 assert!(task.verify(&problem, &format!("{}.\n", problem.reply())));
-                assert!(
-                    task.verify(&problem, &problem.answer),
-                    "an answer without thinking counts"
-                );
+                assert!(task.verify(&problem, &problem.answer), "an answer without thinking counts");
                 for wrong in near_misses(&problem.answer) {
                     let reply = format!("<think>\n{}\n</think>\n\n{wrong}", problem.thinking);
                     assert!(!task.verify(&problem, &reply), "{wrong:?} for {problem:?}");
@@ -155,26 +149,12 @@ pub(crate) mod tests {
                 size += problem.question.len() + problem.thinking.len();
                 keys.insert(problem.key);
             }
-            assert!(
-                keys.len() >= 30,
-                "{} has {} problems at {difficulty}",
-                task.name(),
-                keys.len()
-            );
+            assert!(keys.len() >= 30, "{} has {} problems at {difficulty}", task.name(), keys.len());
             sizes.push(size);
         }
         let first = |seed| task.generate(seed, 0, 5);
-        assert!(
-            (1..9).any(|seed| first(seed).question != first(0).question),
-            "the seed matters"
-        );
-        assert!(
-            sizes[2] > sizes[0]
-                && sizes[4] > sizes[2]
-                && sizes[6] > sizes[4]
-                && sizes[9] > sizes[6],
-            "{sizes:?}"
-        );
+        assert!((1..9).any(|seed| first(seed).question != first(0).question), "the seed matters");
+        assert!(sizes[2] > sizes[0] && sizes[4] > sizes[2] && sizes[6] > sizes[4] && sizes[9] > sizes[6], "{sizes:?}");
         assert_eq!(task.generate(7, 0, 0), task.generate(7, 0, 1));
         assert_eq!(task.generate(7, 0, 200), task.generate(7, 0, 10));
     }
@@ -197,11 +177,7 @@ pub(crate) mod tests {
     fn names_are_unique_and_found() {
         let names: HashSet<_> = all().iter().map(|task| task.name()).collect();
         assert_eq!(names.len(), all().len());
-        assert!(
-            all()
-                .iter()
-                .all(|task| by_name(task.name()).is_some_and(|found| found.name() == task.name()))
-        );
+        assert!(all().iter().all(|task| by_name(task.name()).is_some_and(|found| found.name() == task.name())));
         assert!(by_name("no such task").is_none());
     }
 

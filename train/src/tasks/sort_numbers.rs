@@ -14,10 +14,7 @@ use super::{Draw, Problem, Task};
 pub struct SortNumbers;
 
 /// Selection sort written out; `before` says which of two comes first. Returns the steps and the sorted items.
-pub(super) fn selection<T: ToString + Copy>(
-    items: &[T],
-    mut before: impl FnMut(&T, &T) -> bool,
-) -> (String, Vec<T>) {
+pub(super) fn selection<T: ToString + Copy>(items: &[T], mut before: impl FnMut(&T, &T) -> bool) -> (String, Vec<T>) {
     let (mut left, mut lines, mut sorted) = (items.to_vec(), Vec::new(), Vec::new());
     while !left.is_empty() {
         let mut next = 0;
@@ -28,11 +25,7 @@ pub(super) fn selection<T: ToString + Copy>(
         }
         let listed: Vec<_> = left.iter().map(T::to_string).collect();
         // Words are one token with the space before them: none is left at the head of a line without it.
-        let space = if listed[next].starts_with(|c: char| c.is_ascii_digit()) {
-            ""
-        } else {
-            " "
-        };
+        let space = if listed[next].starts_with(|c: char| c.is_ascii_digit()) { "" } else { " " };
         lines.push(format!("- {}:{space}{}", listed.join(" "), listed[next]));
         sorted.push(left.remove(next));
     }
@@ -57,13 +50,7 @@ impl Task for SortNumbers {
         }
         let up = draw.chance(60);
         let (thinking, sorted) = selection(&numbers, |a, b| if up { a < b } else { a > b });
-        let list = |numbers: &[u64]| {
-            numbers
-                .iter()
-                .map(u64::to_string)
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
+        let list = |numbers: &[u64]| numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         let given = list(&numbers);
         let question = match (up, draw.below(3)) {
             (true, 0) => format!("Sort these numbers: {given}."),
@@ -104,10 +91,7 @@ mod tests {
     fn answer_is_sorted_as_asked() {
         for index in 0..100 {
             let problem = SortNumbers.generate(1, index, 5);
-            let mut numbers: Vec<u64> = problem.key[1..]
-                .split(", ")
-                .map(|n| n.parse().unwrap())
-                .collect();
+            let mut numbers: Vec<u64> = problem.key[1..].split(", ").map(|n| n.parse().unwrap()).collect();
             numbers.sort_unstable();
             if problem.key.starts_with('>') {
                 numbers.reverse();

@@ -19,11 +19,7 @@ impl Task for SortWords {
         while words.len() < count {
             let word = *draw.pick(&WORDS);
             let clash = |other: &&str| {
-                if difficulty <= 5 {
-                    other[..1] == word[..1]
-                } else {
-                    *other == word
-                }
+                if difficulty <= 5 { other[..1] == word[..1] } else { *other == word }
             };
             if !words.iter().any(clash) {
                 words.push(word);
@@ -37,14 +33,7 @@ impl Task for SortWords {
             2 => format!("Put in alphabetical order: {given}."),
             _ => format!("What is the alphabetical order of {given}?"),
         };
-        Problem {
-            task: self.name(),
-            difficulty,
-            key: given,
-            question,
-            thinking,
-            answer: sorted.join(", "),
-        }
+        Problem { task: self.name(), difficulty, key: given, question, thinking, answer: sorted.join(", ") }
     }
 }
 
@@ -64,14 +53,7 @@ mod tests {
             let mut words: Vec<_> = problem.key.split(", ").collect();
             words.sort_unstable();
             assert_eq!(problem.answer, words.join(", "));
-            assert!(
-                problem
-                    .thinking
-                    .lines()
-                    .last()
-                    .unwrap()
-                    .ends_with(words[words.len() - 1])
-            );
+            assert!(problem.thinking.lines().last().unwrap().ends_with(words[words.len() - 1]));
             words.swap(1, 2);
             assert!(!SortWords.verify(&problem, &words.join(", ")));
         }

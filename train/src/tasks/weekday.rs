@@ -14,15 +14,7 @@ use std::fmt::Write;
 /// See the file's head.
 pub struct Weekday;
 
-const DAYS: [&str; 7] = [
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-];
+const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 
 /// The steps and the day they end at.
 fn steps(today: usize, days: usize, back: bool) -> (String, &'static str) {
@@ -46,17 +38,9 @@ impl Task for Weekday {
     }
 
     fn draw(&self, draw: &mut Draw, difficulty: u8) -> Problem {
-        let most = if difficulty == 1 {
-            4
-        } else {
-            7 * usize::from(difficulty) - 8
-        };
+        let most = if difficulty == 1 { 4 } else { 7 * usize::from(difficulty) - 8 };
         // The upper half of the range more often: the lower belongs to the difficulties before.
-        let days = if draw.chance(70) {
-            most / 2 + 1 + draw.below(most - most / 2)
-        } else {
-            1 + draw.below(most)
-        };
+        let days = if draw.chance(70) { most / 2 + 1 + draw.below(most - most / 2) } else { 1 + draw.below(most) };
         let (today, back) = (draw.below(7), draw.chance(35));
         let (thinking, answer) = steps(today, days, back);
         let (name, plural) = (DAYS[today], if days == 1 { "day" } else { "days" });
@@ -90,17 +74,8 @@ mod tests {
 
     #[test]
     fn steps_take_off_weeks() {
-        assert_eq!(
-            steps(4, 16, false),
-            (
-                "16-7=9\n9-7=2\n- Friday0 Saturday1 Sunday2".into(),
-                "Sunday"
-            )
-        );
-        assert_eq!(
-            steps(0, 2, true),
-            ("- Monday0 Sunday1 Saturday2".into(), "Saturday")
-        );
+        assert_eq!(steps(4, 16, false), ("16-7=9\n9-7=2\n- Friday0 Saturday1 Sunday2".into(), "Sunday"));
+        assert_eq!(steps(0, 2, true), ("- Monday0 Sunday1 Saturday2".into(), "Saturday"));
         for (today, days) in (0..7).flat_map(|today| (1..100).map(move |days| (today, days))) {
             assert_eq!(steps(today, days, false).1, DAYS[(today + days) % 7]);
             assert_eq!(steps(today, days, true).1, DAYS[(today + 700 - days) % 7]);

@@ -9,9 +9,7 @@ use super::{Draw, Problem, Task, columns};
 pub struct WordProblem;
 
 const NAMES: [&str; 8] = ["Tom", "Anna", "Ben", "Lisa", "Max", "Mia", "Sam", "Eva"];
-const THINGS: [&str; 8] = [
-    "apples", "books", "coins", "eggs", "cards", "pens", "stamps", "balls",
-];
+const THINGS: [&str; 8] = ["apples", "books", "coins", "eggs", "cards", "pens", "stamps", "balls"];
 const MORE: [&str; 4] = ["gets", "buys", "finds", "receives"];
 const LESS: [&str; 4] = ["gives away", "loses", "sells", "uses"];
 
@@ -25,27 +23,15 @@ impl Task for WordProblem {
         let changes = 2 + usize::from(difficulty.saturating_sub(4)) / 2;
         let (name, things) = (*draw.pick(&NAMES), *draw.pick(&THINGS));
         let start = draw.range(most / 2, most);
-        let (mut have, mut thinking, mut events, mut key) =
-            (start, Vec::new(), Vec::new(), start.to_string());
+        let (mut have, mut thinking, mut events, mut key) = (start, Vec::new(), Vec::new(), start.to_string());
         for change in 0..changes {
             let more = have < 2 || draw.chance(50);
-            let count = draw.range(
-                2,
-                if more {
-                    most.max(2)
-                } else {
-                    have.min(most).max(2)
-                },
-            );
+            let count = draw.range(2, if more { most.max(2) } else { have.min(most).max(2) });
             let verb = *draw.pick(if more { &MORE } else { &LESS });
             // "gets 5 more" the first time, "then" from the second on.
             let then = if change == 0 { "" } else { "then " };
             events.push(format!("{then}{verb} {count}"));
-            thinking.push(if more {
-                columns::add(have, count)
-            } else {
-                columns::subtract(have, count)
-            });
+            thinking.push(if more { columns::add(have, count) } else { columns::subtract(have, count) });
             key.push_str(&format!("{}{count}", if more { '+' } else { '-' }));
             have = if more { have + count } else { have - count };
         }
@@ -85,11 +71,8 @@ mod tests {
                 assert!(have >= 0, "{problem:?}");
             }
             assert_eq!(problem.answer, have.to_string());
-            let told: Vec<_> = problem
-                .question
-                .split(|c: char| !c.is_ascii_digit())
-                .filter(|s| !s.is_empty())
-                .collect();
+            let told: Vec<_> =
+                problem.question.split(|c: char| !c.is_ascii_digit()).filter(|s| !s.is_empty()).collect();
             assert_eq!(told.join(" "), problem.key.replace(['+', '-'], " "));
         }
     }
