@@ -18,12 +18,16 @@ fn wgpu() {
     let model = golden.model(&device);
     let note = |what: &str| eprintln!("{:6.1} s: {what}", start.elapsed().as_secs_f64());
 
-    // Past one block, so that states and blocks of keys and values are carried over. Few lengths: each new one autotunes.
-    paths::whole(&model, &golden, 260);
-    paths::chunks(&model, &golden, 260, &[130]);
-    note("whole and chunks");
+    // To where the state, keys and values are recorded. Few lengths: each new one autotunes.
+    let all = golden.cache_after;
+    paths::whole(&model, &golden, all);
+    note("whole");
+    paths::chunks(&model, &golden, all, &[256]);
+    paths::chunks(&model, &golden, all, &[300]);
+    note("large chunks");
     paths::chunks(&model, &golden, 24, &[1]);
-    paths::decode_after_prefill(&model, &golden, 265, 260, 130);
+    paths::chunks(&model, &golden, 48, &[7, 1, 16]);
+    paths::decode_after_prefill(&model, &golden, 261, 256, 256);
     note("decode");
     paths::chosen_outputs(&model, &golden, 32);
     paths::uneven_rows(&model, &golden, 48);
@@ -43,7 +47,11 @@ fn wgpu() {
         "rotary_full",
         "wide",
         "kv_all",
+        "kv_one",
         "one_softmax",
+        "one_lightning",
+        "all_softmax",
+        "all_lightning",
         "length1",
     ] {
         let golden = Golden::open(name);

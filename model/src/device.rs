@@ -126,7 +126,7 @@ fn cuda(index: usize) -> Result<OpenDevice, DeviceError> {
 fn libcuda_present() -> bool {
     let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
     // SAFETY: loading NVIDIA's driver library runs only its own initialisers; nothing is called in it.
-    names.iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
+    names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok())
 }
 
 #[cfg(not(feature = "wgpu"))]
