@@ -105,7 +105,7 @@ pub struct ModelConfig {
     pub layernorm_mlp_beta: f64,
     /// Weight of the router's auxiliary loss in training.
     pub router_aux_loss_coef: f64,
-    /// Standard deviation of fresh weights.
+    /// Kept for MiniMax's own code; fresh weights here are scaled by the width of what they read ([`crate::layers`]).
     pub initializer_range: f64,
     /// Always `silu`.
     pub hidden_act: String,
@@ -323,6 +323,11 @@ impl ModelConfig {
         }
         for key in ["sliding_window", "rope_scaling", "quantization_config"] {
             expect_unset(&self.extra, key, |_| false, "null (not computed here)")?;
+        }
+        let is_id = |v: &Value| v.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
+        for key in ["bos_token_id", "eos_token_id"] {
+            let fits = |v: &Value| is_id(v) || v.as_array().is_some_and(|ids| ids.iter().all(is_id));
+            expect_unset(&self.extra, key, fits, "null, a token id or a list of token ids")?;
         }
         Ok(())
     }
@@ -553,6 +558,8 @@ mod tests {
             ("rope_scaling", json!({"type": "yarn"}), "null"),
             ("quantization_config", json!({"bits": 4}), "null"),
             ("attention_dropout", json!(0.1), "0"),
+            ("eos_token_id", json!(-1), "token id"),
+            ("eos_token_id", json!([1, "x"]), "token id"),
             ("router_jitter_noise", json!(0.1), "0"),
         ] {
             let said = refusal(key, Some(value));

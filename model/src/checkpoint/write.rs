@@ -1,5 +1,5 @@
 //! Saving: the form that MiniMax's own code and this crate both load. Everything is written under temporary names and
-//! renamed at the end, weights before the index and the configuration; a failure leaves what was there before.
+//! renamed at the end, weights before the index and the configuration; a failure to write leaves what was there before.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
