@@ -7,7 +7,8 @@
 //! DIR/model.safetensors …         the finished model, bf16
 //! ```
 //! Different here: a checkpoint is complete or absent. It is written under a temporary name and renamed; the one before
-//! goes only afterwards, so a kill at any moment leaves a good one.
+//! goes only afterwards, so a kill at any moment leaves a good one. One of the same step is renamed first, to a name that
+//! still counts.
 
 use std::fs::{self, File};
 use std::io;
@@ -125,17 +126,27 @@ pub fn save(out: &Path, trainer: &Trainer, state: &RunState) -> Result<PathBuf, 
         let file = File::open(&path).map_err(io_error(&path))?;
         file.sync_all().map_err(io_error(&path))?;
     }
-    // Only a run that was resumed and changed nothing (or did the same steps again) finds its name taken.
-    if complete.exists() {
-        fs::remove_dir_all(&complete).map_err(io_error(&complete))?;
-    }
+    set_aside(&complete, state.progress.step)?;
     fs::rename(&partial, &complete).map_err(io_error(&complete))?;
     for (step, path) in list(out)? {
-        if step < state.progress.step {
+        if step <= state.progress.step && path != complete {
             fs::remove_dir_all(&path).map_err(io_error(&path))?;
         }
     }
     Ok(complete)
+}
+
+/// Frees a checkpoint's name: only a run that was resumed after its last step finds it taken. One more zero makes another
+/// name of the same step, one that [`list`] puts before the usual one.
+fn set_aside(complete: &Path, step: u64) -> Result<(), RunError> {
+    if !complete.exists() {
+        return Ok(());
+    }
+    let aside = complete.with_file_name(format!("step-0{step:08}"));
+    if aside.exists() {
+        fs::remove_dir_all(&aside).map_err(io_error(&aside))?;
+    }
+    fs::rename(complete, &aside).map_err(io_error(&aside))
 }
 
 /// The run's last complete checkpoint, if it has one.
@@ -196,4 +207,36 @@ fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>, RunError> {
 pub(crate) fn io_error(path: &Path) -> impl Fn(io::Error) -> RunError + use<> {
     let path = path.display().to_string();
     move |source| RunError::Io { path: path.clone(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_set_aside_counts_until_the_new_one_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = checkpoints(dir.path());
+        let names =
+            || list(dir.path()).unwrap().into_iter().map(|(step, path)| (step, path.file_name().unwrap().to_owned()));
+        let (old, new) = (folder.join("step-00000004"), folder.join("step-00000008"));
+        fs::create_dir_all(&old).unwrap();
+        fs::create_dir_all(&new).unwrap();
+        fs::write(new.join(STATE), "first").unwrap();
+
+        // Killed between the two renames: the run's last checkpoint is the one set aside.
+        set_aside(&new, 8).unwrap();
+        assert!(!new.exists());
+        assert_eq!(names().next_back(), Some((8, "step-000000008".into())));
+        set_aside(&new, 8).unwrap();
+        assert_eq!(fs::read_to_string(folder.join("step-000000008").join(STATE)).unwrap(), "first");
+
+        // Killed before the clearing up: the new one is the last, and the next to be set aside.
+        fs::create_dir_all(&new).unwrap();
+        fs::write(new.join(STATE), "second").unwrap();
+        assert_eq!(names().next_back(), Some((8, "step-00000008".into())));
+        set_aside(&new, 8).unwrap();
+        assert_eq!(fs::read_to_string(folder.join("step-000000008").join(STATE)).unwrap(), "second");
+        assert_eq!(names().count(), 2);
+    }
 }

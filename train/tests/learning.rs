@@ -28,13 +28,16 @@ fn micro() -> ModelConfig {
     config
 }
 
+/// The same weights for every test.
 fn model() -> M1 {
-    let device = Device::flex();
-    // The generator is the process's: tests that draw at once would share its stream.
-    static DRAW: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _guard = DRAW.lock().unwrap_or_else(|e| e.into_inner());
-    device.seed(7);
-    M1::new(&micro(), &device).materialize()
+    // Drawn once: the generator is the process's, and tests that draw at once would share its stream.
+    static MODEL: std::sync::OnceLock<M1> = std::sync::OnceLock::new();
+    let draw = || {
+        let device = Device::flex();
+        device.seed(7);
+        M1::new(&micro(), &device).materialize()
+    };
+    MODEL.get_or_init(draw).clone()
 }
 
 fn trainer(micro_tokens: usize, threads: usize) -> Trainer {

@@ -1,5 +1,7 @@
 //! A run that is killed with -9 and resumed ends with the weights, to the bit, of one that was left alone.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -101,17 +103,69 @@ fn killed_and_resumed_equals_uninterrupted() {
     assert_eq!(names("pieces/checkpoints").len(), 1);
     assert!(names("pieces").iter().all(|n| !n.contains("partial")), "{:?}", names("pieces"));
 
+    // A finished run can be resumed and stays what it was.
+    succeed(dir, "pieces", &["--resume"]);
+    assert!(model("whole") == model("pieces"));
+    assert_eq!(names("pieces/checkpoints"), [format!("step-{STEPS:0>8}")]);
+
     // Mistakes get one line each.
+    let past = command("3", dir, "pieces", &["--resume"]).output().unwrap();
+    let text = String::from_utf8_lossy(&past.stderr).into_owned();
+    assert_eq!(past.status.code(), Some(1), "{text}");
+    assert!(text.contains("--steps 3: the run") && text.contains("at step 14"), "{text}");
     for (more, says) in [
         (&[][..], "add --resume"),
         (&["--resume", "--lr", "0.5"], "--lr 0.5: the run"),
         (&["--resume", "--seed", "9"], "--seed 9: the run"),
+        (&["--resume", "--seed", "-1"], "--seed <N>': expected a whole number, 0 or above"),
+        (&["--lr", "-1"], "--lr <RATE>': expected a number above 0"),
     ] {
         let output = run(dir, "pieces", more);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success());
         assert!(text.contains(says), "{more:?}: {text}");
         assert_eq!(text.matches("error").count(), 1, "{text}");
+    }
+}
+
+/// Names and contents of a folder's files.
+fn contents(dir: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
+    entries.map(|e| (e.file_name(), fs::read(e.path()).unwrap())).collect()
+}
+
+#[test]
+fn a_model_that_is_no_run_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let model = dir.join("model");
+    for name in ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"] {
+        fs::create_dir_all(&model).unwrap();
+        fs::write(model.join("tokenizer_config.json"), "{}").unwrap();
+        fs::write(model.join(name), "precious").unwrap();
+        let before = contents(&model);
+        for more in [&[][..], &["--resume"]] {
+            let output = run(dir, "model", more);
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{text}");
+            assert!(text.contains(name) && text.contains("name another directory"), "{text}");
+            assert!(contents(&model) == before, "{more:?}");
+        }
+        fs::remove_dir_all(&model).unwrap();
+    }
+}
+
+#[test]
+fn a_wrong_size_leaves_no_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    for (flag, value) in [("--preset", "huge"), ("--config", "/no/such/file")] {
+        let out = dir.path().join("run");
+        let command = &mut Command::new(env!("CARGO_BIN_EXE_m1-train"));
+        let output = command.args(["pretrain", "--device", "cpu", flag, value, "--out"]).arg(&out).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(flag) && text.contains(value), "{text}");
+        assert!(!out.exists());
     }
 }
 

@@ -8,7 +8,7 @@ fn main() -> ExitCode {
         // A reader that closed the pipe (`| head`) has seen what it wanted.
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            eprintln!("error: {}", m1_train::cli::told(&e));
             ExitCode::FAILURE
         }
     }

@@ -1,17 +1,21 @@
 //! `m1-train eval`: accuracy on problems that training never saw.
 
+use std::collections::HashSet;
+use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use m1_infer::generation_config::GenerationConfig;
+use m1_infer::sampler::SamplingOptions;
 use m1_infer::tokenizer::Tokenizer;
 use m1_model::checkpoint::{self, LoadOptions, WeightDtype};
 use m1_model::device::DeviceChoice;
 
 use crate::cli::pretrain::load_tokenizer;
+use crate::cli::{count, up_to, whole};
 use crate::data::{Data, DataConfig};
 use crate::eval::{EvalSettings, Mode, Subject, evaluate, markdown};
 use crate::tasks;
@@ -19,7 +23,7 @@ use crate::tasks;
 const AFTER_HELP: &str = "\
 Examples:
   m1-train eval --model examples/m1-nano
-  m1-train eval --model runs/nano --tasks arithmetic,clock --difficulty 3..5 --n 200 --mode greedy --show 2";
+  m1-train eval --model runs/nano --tasks addition,clock --difficulty 3..5 --n 200 --mode greedy --show 2";
 
 /// Measure accuracy per task and difficulty on held-out problems
 ///
@@ -34,10 +38,10 @@ pub struct Args {
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     tasks: Vec<String>,
     /// One difficulty (3), a range (1..5, both included) or a list (1,3,5)
-    #[arg(long, value_name = "D", default_value = "1..5")]
+    #[arg(long, value_name = "D", default_value = "1..5", allow_negative_numbers = true)]
     difficulty: String,
     /// Problems per task and difficulty
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 50, allow_negative_numbers = true, value_parser = up_to::<1_000_000>)]
     n: u64,
     /// How replies are drawn
     #[arg(long, value_enum, default_value_t = Modes::Both)]
@@ -49,25 +53,25 @@ pub struct Args {
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     top_p: f32,
     /// Longest reply; one that is cut counts as wrong
-    #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true, value_parser = count)]
     max_new_tokens: u64,
     /// Replies decoded together
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true, value_parser = up_to::<4096>)]
     rows: u64,
     /// Seed of the draws
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = whole)]
     seed: u64,
     /// Also print so many replies of each kind
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    show: usize,
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = whole)]
+    show: u64,
     /// Training conversations to look through for the questions asked, which must not be there
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    #[arg(long, value_name = "N", default_value_t = 20_000, allow_negative_numbers = true, value_parser = whole)]
     overlap: u64,
     /// Also write the scores to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Batches decoded side by side [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = up_to::<1024>)]
     threads: Option<u64>,
     /// auto, cuda[:n], wgpu[:n] or cpu
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
@@ -100,10 +104,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         top_p: args.top_p,
         max_new_tokens: args.max_new_tokens as usize,
         rows: args.rows as usize,
-        samples: args.show,
+        samples: args.show as usize,
         overlap_conversations: args.overlap,
     };
     // Found out before the work, not after it.
+    SamplingOptions { temperature: args.temperature, top_p: args.top_p, ..SamplingOptions::default() }.validate()?;
     if let Some(path) = &args.json
         && !path.parent().is_none_or(|p| p.as_os_str().is_empty() || p.is_dir())
     {
@@ -135,10 +140,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
     if let Some(path) = &args.json {
         let scores = serde_json::to_string_pretty(&report)? + "\n";
-        let partial = path.with_extension("partial");
-        std::fs::write(&partial, scores)
-            .and_then(|()| std::fs::rename(&partial, path))
-            .with_context(|| format!("--json {}", path.display()))?;
+        write(path, &scores).with_context(|| format!("--json {}", path.display()))?;
     }
     let mut out = std::io::stdout().lock();
     for (task, difficulty, mode, samples) in &report.samples {
@@ -160,6 +162,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Writes a file whole or not at all; what is no regular file (a pipe, a device) is written into, never replaced.
+fn write(path: &Path, text: &str) -> std::io::Result<()> {
+    let path = match fs::metadata(path) {
+        Ok(found) if !found.is_file() => return File::options().write(true).open(path)?.write_all(text.as_bytes()),
+        Ok(_) => path.canonicalize()?,
+        Err(_) => path.to_owned(),
+    };
+    let mut partial = path.clone().into_os_string();
+    partial.push(".partial");
+    fs::write(&partial, text)?;
+    fs::rename(&partial, &path)
+}
+
 fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task>> {
     if names.is_empty() {
         return Ok(tasks::all().to_vec());
@@ -168,10 +183,11 @@ fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task
     let by_name = |name: &String| {
         tasks::by_name(name).with_context(|| format!("--tasks {name}: no such task; there are {}", known()))
     };
-    names.iter().map(by_name).collect()
+    let mut seen = HashSet::new();
+    names.iter().filter(|name| seen.insert(*name)).map(by_name).collect()
 }
 
-/// `3`, `1..5` (both ends included) or `1,3,5`; each from 1 to 10.
+/// `3`, `1..5` (both ends included) or `1,3,5`; each from 1 to 10 and only once.
 fn difficulties(text: &str) -> Option<Vec<u8>> {
     let number = |s: &str| s.trim().parse::<u8>().ok().filter(|d| (1..=10).contains(d));
     match text.split_once("..") {
@@ -179,7 +195,11 @@ fn difficulties(text: &str) -> Option<Vec<u8>> {
             let (low, high) = (number(low)?, number(high.trim_start_matches('='))?);
             (low <= high).then(|| (low..=high).collect())
         }
-        None => text.split(',').map(number).collect(),
+        None => {
+            let all: Vec<u8> = text.split(',').map(number).collect::<Option<_>>()?;
+            let mut seen = HashSet::new();
+            Some(all.into_iter().filter(|d| seen.insert(*d)).collect())
+        }
     }
 }
 
@@ -193,8 +213,42 @@ mod tests {
         assert_eq!(difficulties("1..5"), Some(vec![1, 2, 3, 4, 5]));
         assert_eq!(difficulties("2..=3"), Some(vec![2, 3]));
         assert_eq!(difficulties("1,4, 10"), Some(vec![1, 4, 10]));
+        assert_eq!(difficulties("4,1,4,1"), Some(vec![4, 1]));
         for wrong in ["", "0", "11", "5..1", "a", "1..", "1,,2"] {
             assert_eq!(difficulties(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_tasks_of_the_help_exist() {
+        let names: Vec<&str> = AFTER_HELP.split("--tasks ").skip(1).flat_map(|s| s.split_whitespace().next()).collect();
+        assert_eq!(names.len(), 1);
+        for name in names[0].split(',') {
+            assert!(tasks::by_name(name).is_some(), "{name}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn scores_go_through_a_link_and_into_a_pipe() {
+        use std::os::unix::fs::{FileTypeExt, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let [file, link, pipe] = ["file", "link", "pipe"].map(|name| dir.path().join(name));
+        write(&file, "one").unwrap();
+        symlink(&file, &link).unwrap();
+        write(&link, "two").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "two");
+
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::read_to_string(pipe)
+        });
+        write(&pipe, "three").unwrap();
+        assert_eq!(reader.join().unwrap().unwrap(), "three");
+        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+        assert!(write(dir.path(), "").is_err());
     }
 }

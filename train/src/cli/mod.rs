@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use m1_infer::cli::parse;
 
 pub mod eval;
 pub mod pretrain;
@@ -21,10 +22,56 @@ enum Command {
     Eval(eval::Args),
 }
 
-/// Parses the command line and runs it.
+/// Parses the command line and runs it; a mistake in it is told in one line.
 pub fn run() -> anyhow::Result<ExitCode> {
-    match Cli::parse().command {
+    let cli: Cli = match parse() {
+        Ok(cli) => cli,
+        Err(status) => return Ok(status),
+    };
+    match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Eval(args) => eval::run(args),
+    }
+}
+
+/// An error and its causes in one line, each once: many errors name their cause themselves.
+pub fn told(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|e| e.to_string().replace('\n', " ")) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+/// A whole number of the command line.
+fn whole(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "expected a whole number, 0 or above".into())
+}
+
+/// One that is not 0.
+fn count(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number, 1 or above".into())
+}
+
+/// One from 1 to MAX.
+fn up_to<const MAX: u64>(text: &str) -> Result<u64, String> {
+    count(text).ok().filter(|&n| n <= MAX).ok_or_else(|| format!("expected a whole number from 1 to {MAX}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let io = |path: &str| crate::run::io_error(std::path::Path::new(path))(std::io::Error::other("disk on fire"));
+        assert_eq!(told(&io("a").into()), "a: disk on fire");
+        let error = Err::<(), _>(io("a")).context("--out b").unwrap_err();
+        assert_eq!(told(&error), "--out b: a: disk on fire");
     }
 }

@@ -1,6 +1,7 @@
 //! `m1-train pretrain`: a model from nothing, on conversations that this crate makes itself.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use m1_model::device::DeviceChoice;
 use m1_model::model::M1;
 use tokenizers::Tokenizer;
 
+use crate::cli::{count, up_to, whole};
 use crate::data::{Data, DataConfig};
 use crate::optimizer::OptimizerSettings;
 use crate::pretrain::{Ended, Pace, done, pretrain};
@@ -52,46 +54,46 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Steps in all [default: 3000]
-    #[arg(long, value_name = "N", conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", conflicts_with = "minutes", allow_negative_numbers = true, value_parser = count)]
     steps: Option<u64>,
     /// Minutes of training in all, resumptions together
-    #[arg(long, value_name = "M", value_parser = positive)]
+    #[arg(long, value_name = "M", allow_negative_numbers = true, value_parser = positive)]
     minutes: Option<f64>,
     /// Tokens that each step reads, about [default: 6144]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count)]
     batch_tokens: Option<u64>,
     /// Tokens of the parts that a step is split into, worked on side by side [default: 1536]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count)]
     micro_tokens: Option<u64>,
     /// Highest learning rate [default: 0.002]
-    #[arg(long, value_name = "RATE", value_parser = positive)]
+    #[arg(long, value_name = "RATE", allow_negative_numbers = true, value_parser = positive)]
     lr: Option<f64>,
     /// Steps of linear warm-up [default: 100]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole)]
     warmup: Option<u64>,
     /// Decoupled weight decay of matrices [default: 0.1]
-    #[arg(long, value_name = "X", value_parser = not_negative)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
     weight_decay: Option<f64>,
     /// Largest norm of the whole gradient; 0 never clips [default: 1]
-    #[arg(long, value_name = "X", value_parser = not_negative)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
     clip: Option<f64>,
     /// Weight of the router's auxiliary loss, kept in config.json [default: the configuration's]
-    #[arg(long, value_name = "X", value_parser = not_negative)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
     router_aux_loss_coef: Option<f64>,
     /// Seed of weights and examples [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole)]
     seed: Option<u64>,
     /// Go on from the run's last checkpoint
     #[arg(long)]
     resume: bool,
     /// Steps between checkpoints
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true, value_parser = count)]
     save_every: u64,
     /// Steps between lines on stderr where it is not a terminal
-    #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 25, allow_negative_numbers = true, value_parser = count)]
     log_every: u64,
     /// Threads, each on its own part of a step; never changes the result [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = up_to::<1024>)]
     threads: Option<u64>,
     /// auto, cuda[:n], wgpu[:n] or cpu
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
@@ -172,18 +174,41 @@ fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunSta
             ..OptimizerSettings::default()
         },
     };
+    // Mistakes come to light before anything is made or written.
+    let wanted = wanted_config(args)?;
+    refuse_a_model(&args.out)?;
     fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
     if !args.out.join("tokenizer.json").exists() {
         eprintln!("making the tokenizer");
         let made = tokenizer::train(&settings.data, TOKENIZER_CONVERSATIONS, TOKENIZER_ENTRIES)?;
         tokenizer::save(&made, &args.out)?;
     }
-    let config = fit_to_tokenizer(wanted_config(args)?, &args.out)?;
+    let config = fit_to_tokenizer(wanted, &args.out)?;
     device.seed(settings.seed);
     let model = M1::new(&config, device).materialize();
     let trainer = Trainer::new(model, settings.optimizer, settings.micro_tokens, threads, 0)?;
     let state = RunState { progress: Progress::default(), settings };
     Ok((state, trainer))
+}
+
+/// A new run's folder may hold a tokenizer, but no model: the run would end up in its place.
+fn refuse_a_model(out: &Path) -> anyhow::Result<()> {
+    let entries = match fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e).with_context(|| format!("--out {}", out.display())),
+    };
+    for entry in entries {
+        let name = entry.with_context(|| format!("--out {}", out.display()))?.file_name();
+        let name = name.to_string_lossy();
+        if name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
+            bail!(
+                "--out {}: holds a model ({name}) without a checkpoint to resume from; name another directory",
+                out.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// An old run. What decides its result stays as it was; a flag that says otherwise is a mistake worth a line.
@@ -208,6 +233,15 @@ fn resume(
         if let Some(given) = given.filter(|&g| g != was) {
             bail!("{flag} {given}: the run in {} has {was}; leave the flag out to go on with it", args.out.display());
         }
+    }
+    let p = &saved.progress;
+    if let Some(steps) = args.steps.filter(|&n| n < p.step) {
+        bail!("--steps {steps}: the run in {} is past it, at step {}; give more", args.out.display(), p.step);
+    }
+    // The minutes that a run was started with are always over when it has ended; that is no mistake.
+    if let Some(minutes) = args.minutes.filter(|&m| m * 60.0 < p.elapsed_s && s.minutes != Some(m)) {
+        let spent = p.elapsed_s / 60.0;
+        bail!("--minutes {minutes}: the run in {} is past it, at {spent:.1} minutes; give more", args.out.display());
     }
     let mut state = saved.clone();
     // The length may change: a longer run is a wish people have, and the schedule simply follows.
