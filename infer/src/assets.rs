@@ -1,7 +1,7 @@
 //! A checkpoint made ready for text: engine, tokenizer and generation defaults that belong together.
 
 use crate::engine::Engine;
-use crate::generation_config::{GenerationConfig, GenerationConfigError};
+use crate::generation_config::{self, GenerationConfig, GenerationConfigError};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use m1_model::checkpoint::{self, CheckpointError, WeightDtype};
@@ -46,6 +46,16 @@ pub enum AssetsError {
         /// The model's ids.
         vocab: usize,
     },
+    /// An end id that the model does not have.
+    #[error("{path}: eos_token_id is {id}, and must be an id of the vocabulary, from 0 to {}", vocab - 1)]
+    EndId {
+        /// The file.
+        path: String,
+        /// The id.
+        id: u32,
+        /// The model's ids.
+        vocab: usize,
+    },
 }
 
 /// All that a conversation needs of a checkpoint.
@@ -78,9 +88,13 @@ impl Assets {
                 vocab: config.vocab_size,
             });
         }
-        let mut end_ids = generation.end_ids(&tokenizer);
+        let (mut file, mut end_ids) = (generation_config::FILE, generation.end_ids(&tokenizer));
         if end_ids.is_empty() {
-            end_ids = config.eos_token_ids();
+            (file, end_ids) = ("config.json", config.eos_token_ids());
+        }
+        let vocab = config.vocab_size;
+        if let Some(&id) = end_ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(AssetsError::EndId { path: dir.join(file).display().to_string(), id, vocab });
         }
         Ok(Self { engine, tokenizer, generation, end_ids })
     }

@@ -154,6 +154,11 @@ impl<'a> Chat<'a> {
         Ok(self.sampler.set_options(options)?)
     }
 
+    /// Begins the random stream of `seed` anew.
+    pub fn reseed(&mut self, seed: u64) {
+        self.sampler.reseed(seed);
+    }
+
     /// Tokens and bytes in the cache.
     pub fn cache(&self) -> (usize, u64) {
         (self.session.tokens().len(), self.session.bytes())
@@ -220,52 +225,72 @@ impl<'a> Chat<'a> {
         Ok(Turn { text: said, finish, stats })
     }
 
-    /// The ids of the conversation up to where the model's turn begins.
+    /// The ids of the conversation up to where the model's turn begins. Replies keep the ids that were sampled, and in
+    /// what others wrote special tokens are plain text, as far as the template leaves those texts as they are.
     fn prompt(&self) -> Result<Vec<u32>, ChatError> {
-        let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
-        let plain = |m: &Message| json!({"role": m.role, "content": m.content});
-        let messages: Vec<Value> = system.clone().chain(self.messages.iter().map(plain)).collect();
-        let rendered = self.template.render(&messages, &[], true, false)?;
-
-        // Render again with a marker in place of each reply, to find where the replies' own ids belong. A template that
-        // does something to the replies (leaves old thinking out, say) shows in the comparison: then its text counts.
-        let marker = |i: usize| format!("\u{e000}reply {i}\u{e001}");
-        let replies: Vec<(String, &Message)> =
-            self.messages.iter().filter(|m| m.ids.is_some()).enumerate().map(|(i, m)| (marker(i), m)).collect();
-        let mut next = 0;
-        let marked = self.messages.iter().map(|m| match &m.ids {
-            Some(_) => {
-                next += 1;
-                json!({"role": m.role, "content": marker(next - 1)})
-            }
-            None => plain(m),
-        });
-        let marked: Vec<Value> = system.chain(marked).collect();
-        let frame = self.template.render(&marked, &[], true, false)?;
-
+        let system = self.system.iter().map(|text| Message { role: "system".into(), content: text.clone(), ids: None });
+        let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
         let tokenizer = &self.assets.tokenizer;
-        let (mut ids, mut text, mut rest) = (Vec::new(), String::new(), frame.as_str());
-        let mut whole = true;
-        for (marker, message) in &replies {
-            let Some((before, after)) = rest.split_once(marker.as_str()) else {
-                whole = false;
-                break;
-            };
-            text += before;
-            text += &message.content;
-            ids.extend(tokenizer.encode(before, false)?);
-            ids.extend(message.ids.iter().flatten());
-            rest = after;
+        let rendered = self.render(messages.iter().map(|m| (m, m.content.as_str())))?;
+        let mut own = Vec::new();
+        for message in &messages {
+            own.push(match &message.ids {
+                None if message.role != "assistant" => tokenizer.encode_literal(&message.content)?,
+                ids => ids.clone(),
+            });
         }
-        if whole && text + rest == rendered {
-            ids.extend(tokenizer.encode(rest, false)?);
-        } else {
-            ids = tokenizer.encode(&rendered, false)?;
+        let mut ids = self.assemble(&messages, &own, &rendered)?;
+        if ids.is_none() {
+            // A template that does something to the replies (leaves old thinking out, say): then their text counts.
+            for (own, _) in own.iter_mut().zip(&messages).filter(|(_, m)| m.ids.is_some()) {
+                *own = None;
+            }
+            ids = self.assemble(&messages, &own, &rendered)?;
         }
+        let mut ids = ids.map_or_else(|| tokenizer.encode(&rendered, false), Ok)?;
         if !self.thinking {
             ids.extend(tokenizer.encode(NO_THINKING, false)?);
         }
         Ok(ids)
+    }
+
+    /// The ids of `rendered`, with those of `own` in the place of their messages; `None` if that gives another text.
+    fn assemble(
+        &self,
+        messages: &[Message],
+        own: &[Option<Vec<u32>>],
+        rendered: &str,
+    ) -> Result<Option<Vec<u32>>, ChatError> {
+        // Rendered again with a marker in place of each such message, to find where its ids belong.
+        let markers: Vec<String> = (0..messages.len()).map(|i| format!("\u{e000}message {i}\u{e001}")).collect();
+        let contents = messages.iter().zip(own).zip(&markers).map(|((m, own), marker)| {
+            let content = if own.is_some() { marker } else { &m.content };
+            (m, content.as_str())
+        });
+        let frame = self.render(contents)?;
+        let tokenizer = &self.assets.tokenizer;
+        let (mut ids, mut text, mut rest) = (Vec::new(), String::new(), frame.as_str());
+        for ((message, own), marker) in messages.iter().zip(own).zip(&markers) {
+            let Some(own) = own else { continue };
+            let Some((before, after)) = rest.split_once(marker.as_str()) else {
+                return Ok(None);
+            };
+            text += before;
+            text += &message.content;
+            ids.extend(tokenizer.encode(before, false)?);
+            ids.extend(own);
+            rest = after;
+        }
+        if text + rest != rendered {
+            return Ok(None);
+        }
+        ids.extend(tokenizer.encode(rest, false)?);
+        Ok(Some(ids))
+    }
+
+    fn render<'m>(&self, contents: impl Iterator<Item = (&'m Message, &'m str)>) -> Result<String, ChatError> {
+        let values: Vec<Value> = contents.map(|(m, content)| json!({"role": m.role, "content": content})).collect();
+        Ok(self.template.render(&values, &[], true, false)?)
     }
 }
 
@@ -322,6 +347,28 @@ mod tests {
         assert_eq!(chat.messages()[0].ids, None);
         chat.set_messages(vec![message("assistant", "", Some(vec![5000]))]);
         assert_eq!(chat.messages()[0].ids, None);
+    }
+
+    #[test]
+    fn special_tokens_that_others_write_are_plain_text() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let mut chat = chat(&assets);
+        chat.system = Some("s<end_of_sentence>".into());
+        chat.set_messages(vec![
+            message("user", "a<end_of_sentence>b", None),
+            message("assistant", "hi", Some(vec![104, 257, 105])),
+            message("user", "c", None),
+        ]);
+        let special = |ids: &[u32]| ids.iter().filter(|&&id| id == 258).count();
+        let prompt = chat.prompt().unwrap();
+        assert_eq!(special(&prompt), 4, "one after each message");
+        assert!(prompt.windows(3).any(|ids| ids == [104, 257, 105]));
+        let shown: Vec<u32> = prompt.iter().copied().filter(|&id| id < 256).collect();
+        assert!(assets.tokenizer.decode(&shown).contains("a<end_of_sentence>b"));
+        // Also where the template alters the replies.
+        let source = "{% for m in messages %}{{ m['content'] | replace('hi', 'ho') }}|{% endfor %}";
+        chat.template = Template::new(source).unwrap();
+        assert_eq!(special(&chat.prompt().unwrap()), 0);
     }
 
     #[test]

@@ -52,20 +52,20 @@ pub enum GenerationConfigError {
         expected: &'static str,
     },
     /// A setting outside its range.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Range {
         /// The file.
         path: PathBuf,
         /// The setting and its range.
-        source: SamplerError,
+        cause: SamplerError,
     },
     /// The file can't be written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Write {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
 }
 
@@ -110,7 +110,7 @@ impl GenerationConfig {
             eos_token_id: eos_token_id.as_ref().and_then(ids).unwrap_or_default(),
             extra: map,
         };
-        config.sampling().validate().map_err(|source| GenerationConfigError::Range { path, source })?;
+        config.sampling().validate().map_err(|cause| GenerationConfigError::Range { path, cause })?;
         Ok(Some(config))
     }
 
@@ -118,7 +118,7 @@ impl GenerationConfig {
     pub fn write(&self, dir: &Path) -> Result<(), GenerationConfigError> {
         let path = dir.join(FILE);
         let text = format!("{:#}\n", self.to_json());
-        crate::files::write(&path, text.as_bytes()).map_err(|source| GenerationConfigError::Write { path, source })
+        crate::files::write(&path, text.as_bytes()).map_err(|cause| GenerationConfigError::Write { path, cause })
     }
 
     fn to_json(&self) -> Value {

@@ -2,6 +2,7 @@
 //! NO_COLOR) the model's text comes as it is, tags included, so that a program can tell the parts apart.
 
 use crate::think::{Piece, ThinkSplitter};
+use std::borrow::Cow;
 use std::io::{IsTerminal, Result, Write};
 
 /// What to do with thinking.
@@ -43,20 +44,28 @@ pub struct Renderer<W: Write> {
     fresh: bool,
     /// Line ends that wait for text to follow them.
     held: usize,
+    terminal: bool,
+}
+
+/// `text` without the control characters that a terminal would obey: only line ends and tabs stay.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if text.contains(obeyed) { text.replace(obeyed, "\u{fffd}").into() } else { text.into() }
 }
 
 impl<W: Write> Renderer<W> {
-    /// For one reply, written to `out`.
-    pub fn new(out: W, look: Look) -> Self {
-        Self { out, look, splitter: ThinkSplitter::default(), thought: false, fresh: true, held: 0 }
+    /// For one reply, written to `out`; none of its control characters reaches a `terminal`.
+    pub fn new(out: W, look: Look, terminal: bool) -> Self {
+        Self { out, look, terminal, splitter: ThinkSplitter::default(), thought: false, fresh: true, held: 0 }
     }
 
     /// Takes the next text of the reply.
     pub fn push(&mut self, text: &str) -> Result<()> {
+        let text = if self.terminal { printable(text) } else { text.into() };
         if self.look == Look::Plain {
             self.out.write_all(text.as_bytes())?;
         } else {
-            for piece in self.splitter.push(text) {
+            for piece in self.splitter.push(&text) {
                 self.piece(piece)?;
             }
         }
@@ -84,10 +93,7 @@ impl<W: Write> Renderer<W> {
             self.held = if self.fresh { 0 } else { 2 };
             self.fresh = true;
         }
-        // A terminal obeys control characters: none of the model's may reach it.
-        let obeyed = |c: char| self.look == Look::Dim && c.is_control() && !matches!(c, '\n' | '\t');
-        let text = text.replace(obeyed, "\u{fffd}");
-        let text = if self.fresh { text.trim_start_matches('\n') } else { text.as_str() };
+        let text = if self.fresh { text.trim_start_matches('\n') } else { text };
         let body = text.trim_end_matches('\n');
         if !body.is_empty() {
             let (on, off) = if thinking { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
@@ -105,11 +111,11 @@ impl<W: Write> Renderer<W> {
 mod tests {
     use super::*;
 
-    fn shown(look: Look, reply: &str) -> Vec<String> {
+    fn shown(look: Look, reply: &str, terminal: bool) -> Vec<String> {
         (1..=reply.len())
             .map(|size| {
                 let mut out = Vec::new();
-                let mut renderer = Renderer::new(&mut out, look);
+                let mut renderer = Renderer::new(&mut out, look, terminal);
                 let mut rest = reply;
                 while !rest.is_empty() {
                     let (piece, after) = rest.split_at(size.min(rest.len()));
@@ -124,7 +130,7 @@ mod tests {
     }
 
     fn always(look: Look, reply: &str, wanted: &str) {
-        for got in shown(look, reply) {
+        for got in shown(look, reply, look == Look::Dim) {
             assert_eq!(got, wanted);
         }
     }
@@ -145,6 +151,11 @@ mod tests {
         always(Look::AnswerOnly, "<think>\nend", "\n");
         always(Look::Dim, "a\tb\x1b[2Jc\r", "a\tb\u{fffd}[2Jc\u{fffd}\n");
         always(Look::AnswerOnly, "b\x1b[2Jc", "b\x1b[2Jc\n");
+        for look in [Look::Plain, Look::Dim, Look::AnswerOnly] {
+            let got = shown(look, "b\x1b[2Jc\r\td", true);
+            assert!(got.iter().all(|got| got == "b\u{fffd}[2Jc\u{fffd}\td\n"), "{look:?} {got:?}");
+        }
+        assert_eq!(printable("\u{9b}\u{7f}é\n"), "\u{fffd}\u{fffd}é\n");
         always(Look::Dim, "Hm <think>x</think>", "Hm \n\n\x1b[2mx\x1b[0m\n");
     }
 }

@@ -45,11 +45,20 @@ pub enum ReplError {
     /// A turn failed in one-shot use.
     #[error(transparent)]
     Chat(#[from] ChatError),
+    /// Turns failed whose lines came from a pipe; each was told when it did.
+    #[error("{0} of the turns failed, as told above")]
+    Turns(usize),
 }
 
 /// Says one thing and prints the reply to standard output. Returns false if Ctrl-C stopped it.
 pub fn one_shot(chat: &mut Chat, prompt: &str, options: &ReplOptions) -> Result<bool, ReplError> {
-    let (turn, stopped) = turn(chat, prompt, Look::for_stdout(options.hide_thinking))?;
+    let (turn, stopped) = match turn(chat, prompt, Look::for_stdout(options.hide_thinking)) {
+        Err(ReplError::Chat(ChatError::Engine(error @ EngineError::Interrupted))) => {
+            note!("[{error}]");
+            return Ok(false);
+        }
+        turn => turn?,
+    };
     note_finish(chat, &turn);
     if options.stats {
         note!("{}", turn.stats);
@@ -57,9 +66,9 @@ pub fn one_shot(chat: &mut Chat, prompt: &str, options: &ReplOptions) -> Result<
     Ok(!stopped)
 }
 
-/// Talks until `/exit` or the end of the input.
+/// Talks until `/exit` or the end of the input. In a pipe a turn that failed is an error, at the end.
 pub fn run(chat: &mut Chat, options: ReplOptions) -> Result<(), ReplError> {
-    let mut repl = Repl { options, last: None };
+    let mut repl = Repl { options, last: None, failed: 0 };
     let mut input = Input::open()?;
     if input.is_terminal() {
         note!("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves");
@@ -79,13 +88,18 @@ pub fn run(chat: &mut Chat, options: ReplOptions) -> Result<(), ReplError> {
         }
     }
     input.close();
+    if repl.failed > 0 && !input.is_terminal() {
+        return Err(ReplError::Turns(repl.failed));
+    }
     Ok(())
 }
 
 /// One turn, streamed to standard output; and whether Ctrl-C stopped it.
 fn turn(chat: &mut Chat, text: &str, look: Look) -> Result<(Turn, bool), ReplError> {
     let busy = Busy::begin();
-    let mut renderer = Renderer::new(std::io::stdout().lock(), look);
+    let out = std::io::stdout().lock();
+    let terminal = out.is_terminal();
+    let mut renderer = Renderer::new(out, look, terminal);
     let turn = chat.say(text, &|| !busy.stopped(), &mut |piece| renderer.push(piece))?;
     renderer.finish()?;
     Ok((turn, busy.stopped()))
@@ -112,6 +126,8 @@ enum Next {
 struct Repl {
     options: ReplOptions,
     last: Option<Stats>,
+    /// Turns that failed.
+    failed: usize,
 }
 
 impl Repl {
@@ -126,9 +142,14 @@ impl Repl {
             }
             Err(error @ ReplError::Chat(ChatError::Output(_))) => return Err(error),
             Err(ReplError::Chat(ChatError::Engine(error @ EngineError::Context { .. }))) => {
+                self.failed += 1;
                 note!("{error}; the conversation is kept as it was: /clear starts over, --context raises the limit");
             }
-            Err(ReplError::Chat(error)) => note!("{error}"),
+            Err(ReplError::Chat(ChatError::Engine(error @ EngineError::Interrupted))) => note!("{error}"),
+            Err(ReplError::Chat(error)) => {
+                self.failed += 1;
+                note!("{error}");
+            }
             Err(error) => return Err(error),
         }
         Ok(())
@@ -210,8 +231,10 @@ impl Repl {
             Err(wanted) => note!("/{name} {argument}: {wanted} is wanted"),
             Ok(()) if argument.is_empty() => {}
             Ok(()) => {
-                if let Err(error) = chat.set_sampling(options) {
-                    note!("{error}");
+                let seed = options.seed.filter(|_| name == "seed");
+                match chat.set_sampling(options) {
+                    Ok(()) => seed.into_iter().for_each(|seed| chat.reseed(seed)),
+                    Err(error) => note!("{error}"),
                 }
             }
         }
@@ -262,6 +285,12 @@ fn save(chat: &Chat, path: &str) -> std::io::Result<()> {
 
 fn load(path: &str) -> std::io::Result<(Option<String>, Vec<Message>)> {
     let saved: Saved = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    for (i, Message { role, .. }) in saved.messages.iter().enumerate() {
+        if !["system", "user", "assistant"].contains(&role.as_str()) {
+            let wanted = format!("message {i} has the role {role:?}, and must have system, user or assistant");
+            return Err(std::io::Error::other(wanted));
+        }
+    }
     Ok((saved.system, saved.messages))
 }
 
@@ -368,6 +397,17 @@ fn history_file() -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_conversation_with_other_roles_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("talk.json");
+        let text =
+            r#"{"system": null, "messages": [{"role": "user", "content": "a"}, {"role": "me", "content": "b"}]}"#;
+        std::fs::write(&path, text).unwrap();
+        let error = load(path.to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("message 1 has the role \"me\""), "{error}");
+    }
 
     #[test]
     fn settings_are_read_by_either_name() {

@@ -116,11 +116,17 @@ impl Sampler {
     pub fn set_options(&mut self, options: SamplingOptions) -> Result<(), SamplerError> {
         options.validate()?;
         if let Some(seed) = options.seed.filter(|&seed| seed != self.seed) {
-            self.seed = seed;
-            self.rng = ChaCha8Rng::seed_from_u64(seed);
+            self.reseed(seed);
         }
         self.options = options;
         Ok(())
+    }
+
+    /// Begins the random stream of `seed` from its start, also where it is the seed in use.
+    pub fn reseed(&mut self, seed: u64) {
+        self.options.seed = Some(seed);
+        self.seed = seed;
+        self.rng = ChaCha8Rng::seed_from_u64(seed);
     }
 
     /// Draws the id that follows `text` (its ids so far; only the repetition penalty looks at them) from raw
@@ -315,6 +321,16 @@ mod tests {
         };
         assert_eq!(ids(1), ids(1));
         assert_ne!(ids(1), ids(2));
+        let mut s = sampler(SamplingOptions::default());
+        let mut ten = |reseed: bool| {
+            if reseed {
+                s.reseed(7);
+            }
+            (0..10).map(|_| s.sample(&logits, &[]).unwrap().id).collect::<Vec<_>>()
+        };
+        let first = ten(false);
+        assert_ne!(ten(false), first);
+        assert_eq!(ten(true), first);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use crate::template::{Template, TemplateError};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use tokenizers::DecoderWrapper;
 
 /// Tags that a reader has to see in decoded text, whether or not a tokenizer calls them special.
@@ -22,12 +23,12 @@ pub enum TokenizerError {
         path: PathBuf,
     },
     /// A file that can't be read.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A file with wrong contents.
     #[error("{path}: {reason}")]
@@ -46,6 +47,8 @@ pub enum TokenizerError {
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, to which special tokens are plain text; made where it is first needed.
+    literal: OnceLock<tokenizers::Tokenizer>,
     /// For each id its bytes, where the vocabulary is byte-level; special tokens have none.
     bytes: Option<Vec<Option<Vec<u8>>>>,
     config: Value,
@@ -61,14 +64,14 @@ impl Tokenizer {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Err(TokenizerError::Missing { path });
             }
-            Err(source) => return Err(TokenizerError::Io { path, source }),
+            Err(cause) => return Err(TokenizerError::Io { path, cause }),
         };
         let inner: tokenizers::Tokenizer = text.parse().map_err(|e: tokenizers::Error| TokenizerError::Invalid {
             path,
             reason: format!("not a tokenizer.json: {e}"),
         })?;
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
-        Ok(Self { bytes: byte_table(&inner), inner, config, dir: dir.to_path_buf() })
+        Ok(Self { bytes: byte_table(&inner), inner, literal: OnceLock::new(), config, dir: dir.to_path_buf() })
     }
 
     /// The ids of `text`. Special tokens written in the text become their ids; with `add_special` what the
@@ -76,6 +79,19 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, add_special).map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of `text` if special tokens are written in it, which are then plain text; `None` if there are none.
+    /// (Added tokens that are not special, such as M1's `<think>`, are tokens here too.)
+    pub fn encode_literal(&self, text: &str) -> Result<Option<Vec<u32>>, TokenizerError> {
+        let literal = self.literal.get_or_init(|| {
+            let mut literal = self.inner.clone();
+            literal.set_encode_special_tokens(true);
+            literal
+        });
+        let encoding = literal.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let ids = encoding.get_ids();
+        Ok(if ids == self.encode(text, false)? { None } else { Some(ids.to_vec()) })
     }
 
     /// The text of `ids`, special tokens left out; invalid UTF-8 becomes U+FFFD.
@@ -127,8 +143,8 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, TokenizerError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => {
-            return Err(TokenizerError::Io { path: path.to_path_buf(), source });
+        Err(cause) => {
+            return Err(TokenizerError::Io { path: path.to_path_buf(), cause });
         }
     };
     let value: Value = serde_json::from_str(&text)

@@ -80,7 +80,9 @@ fn thinking_off_begins_the_turn_with_an_empty_block() {
 #[test]
 fn a_conversation_that_outgrows_the_context_says_so_and_stays() {
     let long = "x".repeat(200);
-    let got = m1("chat", &["--stats", "-n", "4", "--context", "160"], &format!("a\n{long}\nb\n")).ok();
+    let got = m1("chat", &["--stats", "-n", "4", "--context", "160"], &format!("a\n{long}\nb\n"));
+    assert_eq!(got.code, Some(1), "a turn of a pipe failed");
+    assert!(got.stderr.ends_with("error: 1 of the turns failed, as told above\n"), "{}", got.stderr);
     let lines: Vec<&str> = got.stderr.lines().filter(|l| l.contains("the context holds 160")).collect();
     assert_eq!(lines.len(), 1, "{}", got.stderr);
     let s = stats(&got.stderr);
@@ -185,6 +187,8 @@ fn mistakes_are_one_line_each() {
     assert!(mistake(&["--top-p", "x"]).contains("'x' for '--top-p <X>'"));
     assert!(mistake(&["--nonsense"]).contains("'--nonsense'"));
     assert!(mistake(&["--prompt", " "]).contains("--prompt: the text is empty"));
+    assert!(mistake(&["-n", "-1"]).contains("'-1' for '--max-tokens <N>': a whole number from 0 on is wanted"));
+    assert!(mistake(&["--seed", "-1"]).contains("'--seed <N>': a whole number"));
     let bare = |args: &[&str]| run(bare(args), "");
     assert!(bare(&["chat", "--model", "x", "--device", "tpu"]).mistake().contains("use auto, cpu, wgpu"));
     assert!(bare(&["chat"]).mistake().contains("--model <DIR>"));
@@ -199,6 +203,19 @@ fn mistakes_are_one_line_each() {
     let chat = || bare(&["chat", "--model", dir.path().to_str().unwrap(), "--device", "cpu", "--prompt", "a"]);
     std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
     assert!(chat().mistake().contains("no chat template"));
+    for (file, end) in [("generation_config.json", 320), ("config.json", 321)] {
+        let path = dir.path().join(file);
+        let kept = std::fs::read(&path).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&kept).unwrap();
+        config["eos_token_id"] = end.into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let wanted = format!("{file}: eos_token_id is {end}, and must be");
+        assert!(chat().mistake().contains(&wanted));
+        std::fs::write(&path, kept).unwrap();
+        std::fs::rename(&path, dir.path().join("kept")).unwrap(); // config.json counts where the other is silent
+    }
+    std::fs::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": 319}"#).unwrap();
+    std::fs::rename(dir.path().join("kept"), dir.path().join("config.json")).unwrap();
     let mut large = tokenizer();
     large.add_tokens(&std::array::from_fn::<_, 70, _>(|i| AddedToken::from(format!("<{i}>"), false)));
     large.save(dir.path().join("tokenizer.json"), false).unwrap();

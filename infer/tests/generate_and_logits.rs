@@ -80,6 +80,7 @@ fn prompts_come_from_files_and_standard_input() {
         m1("generate", &[&flags[..], &["-"]].concat(), "").mistake().contains("standard input: the prompt is empty")
     );
     assert!(m1("generate", &["--prompt-file", "/no/such"], "").mistake().contains("/no/such"));
+    assert!(m1("generate", &["--prompt", "a", "--stop", ""], "").mistake().contains("--stop: the text is empty"));
     assert!(m1("generate", &[], "").mistake().contains("--prompt"));
     assert!(m1("generate", &["--prompt", "abc", "--context", "3"], "").mistake().contains("the context holds 3"));
 }
@@ -130,6 +131,28 @@ fn logits_are_those_of_each_row_alone_however_they_are_run() {
 }
 
 #[test]
+fn logits_that_are_not_finite_are_written_and_told_by_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(checkpoint()).unwrap().map(|f| f.unwrap()) {
+        std::fs::copy(file.path(), dir.path().join(file.file_name())).unwrap();
+    }
+    let weights = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let head = file.tensor("lm_head.weight").unwrap().data();
+    let row_5 = head.as_ptr() as usize - bytes.as_ptr() as usize + 5 * (head.len() / VOCAB);
+    bytes[row_5..row_5 + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&weights, bytes).unwrap();
+    let (tokens, out) = (dir.path().join("ids.json"), dir.path().join("out"));
+    std::fs::write(&tokens, "[[], [1, 2], [3]]").unwrap();
+    let mut command = common::bare(&["logits", "--device", "cpu", "--model"]);
+    command.arg(dir.path()).arg("--tokens").arg(tokens).arg("--out").arg(&out);
+    let got = common::run(command, "");
+    assert!(got.mistake().contains("the logit of id 5 after row 1, token 0 is NaN"), "{}", got.stderr);
+    assert!(out.is_file());
+}
+
+#[test]
 fn logits_mistakes_are_one_line_each_and_leave_no_file() {
     let dir = tempfile::tempdir().unwrap();
     for (ids, args, wanted) in [
@@ -147,5 +170,7 @@ fn logits_mistakes_are_one_line_each_and_leave_no_file() {
     std::fs::write(&tokens, "[[1]]").unwrap();
     let got = m1("logits", &["--tokens", tokens.to_str().unwrap(), "--out", "/no/such/out"], "");
     assert!(got.mistake().contains("/no/such/out"));
+    let got = m1("logits", &["--tokens", tokens.to_str().unwrap(), "--out", dir.path().to_str().unwrap()], "");
+    assert!(got.mistake().contains("not a regular file"));
     assert!(m1("logits", &["--tokens", "/no/such", "--out", "x"], "").mistake().contains("/no/such"));
 }

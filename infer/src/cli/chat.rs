@@ -1,6 +1,6 @@
 //! `m1 chat`: a conversation at a prompt, from a pipe, or one question.
 
-use super::common::{ModelArgs, SamplingArgs};
+use super::common::{ModelArgs, SamplingArgs, whole};
 use crate::chat::Chat;
 use crate::interrupt;
 use crate::repl::{self, ReplOptions};
@@ -14,7 +14,9 @@ use crate::repl::{self, ReplOptions};
   printf 'Hello\\nWhat is 3 + 4?\\n' | m1 chat --model DIR --hide-thinking
 
 Lines piped in are turns of one conversation, commands included. On a terminal the model's thinking is dimmed
-(not with NO_COLOR); in a pipe the reply comes as it is, with its <think> tags. /help lists the commands.")]
+(not with NO_COLOR); in a pipe the reply comes as it is, with its <think> tags. Special tokens written in a message or a
+system prompt are plain text. /help lists the commands. If a turn of a pipe fails the rest is said all the same, and the
+exit status is 1.")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -27,10 +29,10 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     /// The most tokens of a reply [default: as the context allows]
-    #[arg(long, short = 'n', value_name = "N")]
+    #[arg(long, short = 'n', value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     max_tokens: Option<usize>,
     /// The most tokens of the conversation [default: max_position_embeddings]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     context: Option<usize>,
     /// Let the model answer at once: its turn begins with an empty block of thought
     #[arg(long)]

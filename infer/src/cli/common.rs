@@ -6,6 +6,11 @@ use m1_model::checkpoint::WeightDtype;
 use m1_model::device::{DeviceChoice, OpenDevice};
 use std::path::PathBuf;
 
+/// Reads a number of a flag that takes no fractions and nothing below 0.
+pub fn whole<T: std::str::FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse().map_err(|_| "a whole number from 0 on is wanted")
+}
+
 /// Which model, where.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
@@ -38,7 +43,16 @@ impl ModelArgs {
 
     /// Loads model and tokenizer.
     pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
-        Ok(Assets::load(&self.model, &self.open_device()?, &self.settings(context))?)
+        let assets = Assets::load(&self.model, &self.open_device()?, &self.settings(context))?;
+        let dir = self.model.display();
+        if assets.end_ids.is_empty() {
+            note!("warning: {dir}: no eos_token_id and no eos_token says which id ends a turn: only limits end a text");
+        }
+        let trained = assets.engine.config().max_position_embeddings;
+        if let Some(n) = context.filter(|&n| n > trained) {
+            note!("warning: --context {n} is above the max_position_embeddings of {dir}, {trained}");
+        }
+        Ok(assets)
     }
 }
 
@@ -52,7 +66,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Keep the N likeliest tokens; 0 keeps all
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub top_k: Option<usize>,
     /// Keep tokens at least X times as likely as the likeliest
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -61,7 +75,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// The same seed gives the same text
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<u64>)]
     pub seed: Option<u64>,
 }
 

@@ -1,14 +1,16 @@
 //! `m1 generate`: completes a text as it is. The chat template belongs to `m1 chat`.
 
-use super::common::{ModelArgs, SamplingArgs};
+use super::common::{ModelArgs, SamplingArgs, whole};
+use crate::chat::Stats;
 use crate::engine::Finish;
 use crate::interrupt::{self, Busy};
+use crate::render::printable;
 use crate::stop::StopStrings;
 use crate::stream::TextStream;
 use anyhow::Context;
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Flags of `m1 generate`.
 #[derive(Debug, clap::Args)]
@@ -33,7 +35,8 @@ pub struct Args {
     #[arg(long, hide = true)]
     raw: bool,
     /// The most tokens to make
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 128, allow_negative_numbers = true,
+        value_parser = whole::<usize>)]
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -44,7 +47,7 @@ pub struct Args {
     #[arg(long)]
     ignore_eos: bool,
     /// The most tokens of prompt and completion [default: max_position_embeddings]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     context: Option<usize>,
     /// One JSON object: text, ids, their log-probabilities, why it ended, seed and times
     #[arg(long)]
@@ -57,6 +60,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     args.sampling.check()?;
+    anyhow::ensure!(!args.stop.iter().any(String::is_empty), "--stop: the text is empty");
     let prompt = prompt(&args)?;
     let assets = args.model.load(args.context)?;
     let mut sampler = assets.sampler(args.sampling.over(assets.generation.sampling())?)?;
@@ -75,14 +79,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let prefill_seconds = start.elapsed().as_secs_f64();
 
     let mut out = std::io::stdout().lock();
+    let terminal = out.is_terminal();
     let mut stream = TextStream::new(&assets.tokenizer);
     let (mut text, mut made, mut log_probs) = (String::new(), Vec::new(), Vec::new());
-    let mut failed = None;
+    let (mut failed, mut first_token) = (None, None);
     let mut show = |piece: &str| {
         text.push_str(piece);
-        if args.json || piece.is_empty() { Ok(()) } else { out.write_all(piece.as_bytes()).and_then(|()| out.flush()) }
+        if args.json || piece.is_empty() {
+            return Ok(());
+        }
+        let piece = if terminal { printable(piece) } else { piece.into() };
+        out.write_all(piece.as_bytes()).and_then(|()| out.flush())
     };
     let finish = session.generate(&mut sampler, end_ids, Some(args.max_tokens), &mut |drawn| {
+        first_token.get_or_insert_with(|| start.elapsed());
         made.push(drawn.id);
         log_probs.push(drawn.log_prob);
         failed = show(&stops.push(&stream.push(drawn.id))).err();
@@ -93,7 +103,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let rest = stops.push(&stream.finish()) + &stops.finish();
     show(&rest)?;
-    let decode_seconds = start.elapsed().as_secs_f64() - prefill_seconds;
+    let whole_time = start.elapsed();
+    let decode_seconds = whole_time.as_secs_f64() - prefill_seconds;
 
     let reason = match finish {
         Finish::End(_) => "stop",
@@ -108,20 +119,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "prompt_tokens": ids.len(), "completion_tokens": made.len(), "seed": sampler.seed(),
             "prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds,
         });
-        writeln!(out, "{result}")?;
+        let result = result.to_string();
+        writeln!(out, "{}", if terminal { printable(&result) } else { result.into() })?;
     } else {
         writeln!(out)?;
     }
     out.flush()?;
+    if finish == Finish::Context {
+        note!("[the context of {} tokens is full]", assets.engine.context());
+    }
     if args.stats {
-        let rate = |n: usize, seconds: f64| n as f64 / seconds.max(1e-9);
-        note!(
-            "prompt {} tokens at {:.0} tokens/s, completion {} tokens at {:.1} tokens/s, ended by {reason}",
-            prefill.computed,
-            rate(prefill.computed, prefill_seconds),
-            made.len(),
-            rate(made.len(), decode_seconds)
-        );
+        let stats = Stats {
+            cached: prefill.cached,
+            computed: prefill.computed,
+            made: made.len(),
+            first_token: first_token.unwrap_or(whole_time),
+            decode: first_token.map_or(Duration::ZERO, |first| whole_time.saturating_sub(first)),
+        };
+        note!("{stats}, ended by {reason}");
     }
     if busy.stopped() {
         std::process::exit(interrupt::EXIT_STATUS);

@@ -51,10 +51,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     std::io::stdout().write_all(text.as_bytes())?;
     if directory.has_weights() && !sound {
         let (missing, unexpected) = (comparison.missing.len(), comparison.unexpected.len());
-        bail!("{}: {missing} tensors missing, {unexpected} unexpected", directory.listed_in().display());
+        let tensors = if missing == 1 { "tensor" } else { "tensors" };
+        bail!("{}: {missing} {tensors} missing, {unexpected} unexpected", directory.listed_in().display());
     }
     if present > 0 && present < listed {
-        bail!("{}: only {present} of {listed} files are there", directory.listed_in().display());
+        let files = directory.files();
+        let absent: Vec<_> = files.iter().filter(|file| !file.exists()).filter_map(|file| file.file_name()).collect();
+        let mut names: Vec<_> = absent.iter().take(5).map(|name| name.to_string_lossy()).collect();
+        if absent.len() > names.len() {
+            names.push(format!("{} more", absent.len() - names.len()).into());
+        }
+        let (listed_in, names) = (directory.listed_in().display(), names.join(", "));
+        bail!("{listed_in}: only {present} of {listed} files are there; missing: {names}");
     }
     Ok(())
 }
@@ -67,6 +75,7 @@ fn present(directory: &Directory) -> usize {
 fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: Option<u64>) -> Value {
     let config = directory.config();
     let context = args.context as usize;
+    let cache = flops::cache_bytes(config, context, WeightDtype::F32);
     let kind = if directory.is_hugging_face() { m1_model::checkpoint::HF_MODEL_TYPE } else { &config.model_type };
     let both = |bytes: &dyn Fn(WeightDtype) -> u128| json!({ "f32": integer(bytes(WeightDtype::F32)), "bf16": integer(bytes(WeightDtype::Bf16)) });
     json!({
@@ -94,10 +103,11 @@ fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: O
         "cache_bytes_per_sequence": integer(flops::state_bytes(config)),
         "cache_bytes_per_token": both(&|dtype| flops::kv_bytes_per_token(config, dtype)),
         "context": context,
-        "cache_bytes_at_context": both(&|dtype| flops::cache_bytes(config, context, dtype)),
+        // The engine keeps keys and values in f32, whatever the weights are in.
+        "cache_bytes_at_context": integer(cache),
         "flops_per_token": integer(flops::flops_per_token(config, context)),
         "device_memory_bytes": both(&|dtype| {
-            flops::weight_bytes(config, dtype) + flops::cache_bytes(config, context, dtype)
+            flops::weight_bytes(config, dtype) + cache
         }),
     })
 }
@@ -136,10 +146,12 @@ fn table(report: &Value) -> String {
     }
     let per_token = (count("/cache_bytes_per_token/bf16"), count("/cache_bytes_per_token/f32"));
     line("cache", format!("{} a sequence", size("/cache_bytes_per_sequence")));
-    line("", format!("and a token {} bytes in bf16, {} in f32", per_token.0, per_token.1));
+    line("", format!("and a token {} bytes in f32, as `m1` keeps it ({} in bf16)", per_token.1, per_token.0));
+    line("", format!("{} at a context of {}", size("/cache_bytes_at_context"), count("/context")));
     line("compute", format!("{} FLOPs a token at a context of {}", count("/flops_per_token"), count("/context")));
     let memory = (size("/device_memory_bytes/bf16"), size("/device_memory_bytes/f32"));
-    line("memory", format!("{} in bf16, {} in f32: weights and one sequence at that context", memory.0, memory.1));
+    let what = "weights and one sequence at that context";
+    line("memory", format!("{} with weights in bf16, {} in f32: {what}", memory.0, memory.1));
     if report["tensors"]["listed"] == true {
         for (kind, names) in [("missing", missing), ("unexpected", unexpected)] {
             for name in names.iter().take(10).filter_map(Value::as_str) {
@@ -206,6 +218,7 @@ mod tests {
         // 7 lightning layers of 4 heads · 32 · 32 in f32; 1 softmax layer of 2 kv heads · 32, k and v
         assert_eq!(report["cache_bytes_per_sequence"], 7 * 4 * 32 * 32 * 4);
         assert_eq!(report["cache_bytes_per_token"]["f32"], 2 * 2 * 32 * 4);
+        assert_eq!(report["cache_bytes_at_context"], 7 * 4 * 32 * 32 * 4 + 100 * 2 * 2 * 32 * 4);
         assert!(table(&report).contains("no weights here"));
         run(args).unwrap();
     }
@@ -223,6 +236,6 @@ mod tests {
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
         let args = args(folder.path());
         let said = run(args).unwrap_err().to_string();
-        assert!(said.contains("1 tensors missing, 0 unexpected"), "{said}");
+        assert!(said.contains("1 tensor missing, 0 unexpected"), "{said}");
     }
 }

@@ -1,10 +1,10 @@
 //! `m1 logits`: the model's numbers for given ids, for comparing with other implementations. The rows are one batch
 //! through one cache; logits go to the file slab by slab, so that memory does not grow with the text.
 
-use super::common::ModelArgs;
+use super::common::{ModelArgs, whole};
 use crate::assets::load_model;
 use crate::engine::to_host;
-use crate::files;
+use crate::files::NewFile;
 use anyhow::{Context, bail, ensure};
 use burn::tensor::Tensor;
 use m1_model::{Batch, Cache, M1, Trace};
@@ -24,7 +24,7 @@ const SLAB: usize = 64 << 20;
 
 ids.json is an array of arrays of token ids: one batch, whose rows may differ in length; each row's logits equal those of
 the row alone. The file gets f32 tensors logits_0, logits_1, … of shape [tokens of the row, vocabulary]. No tokenizer
-is needed.")]
+is needed. Where a logit is not finite the file is written too, and the exit status is 1.")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -34,11 +34,12 @@ pub struct Args {
     /// safetensors file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Prefill N tokens of each row at a time [default: all at once]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    chunk: Option<u64>,
+    /// Prefill N tokens of each row at a time: bounds memory
+    #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i64).range(1..))]
+    chunk: i64,
     /// Run each row's tokens from its token K on one at a time (a shorter row is all prefill)
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, value_parser = whole::<usize>)]
     decode_from: Option<usize>,
 }
 
@@ -58,11 +59,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let lengths: Vec<usize> = rows.iter().map(Vec::len).collect();
     let out = args.out.display().to_string();
     let mut file = LogitsFile::create(&args.out, &lengths, vocab).context(out.clone())?;
-    let chunk = args.chunk.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    let chunk = usize::try_from(args.chunk).unwrap_or(usize::MAX);
+    // The first in the order of rows and tokens, which is not that of the calculation.
+    let mut not_finite: Option<(usize, usize, usize, f32)> = None;
     for_all_tokens(&model, &rows, chunk, args.decode_from, &mut |r, start, logits| {
+        if let Some(i) = logits.iter().position(|l| !l.is_finite()) {
+            let found = (r, start + i / vocab, i % vocab, logits[i]);
+            let before = |old: &(usize, usize, usize, f32)| (old.0, old.1, old.2) < (found.0, found.1, found.2);
+            not_finite = not_finite.filter(before).or(Some(found));
+        }
         file.put(r, start, logits).context(out.clone())
     })?;
-    file.finish(&args.out).context(out)
+    file.finish().context(out.clone())?;
+    if let Some((r, t, id, value)) = not_finite {
+        bail!(
+            "{out}: written, but the logit of id {id} after row {r}, token {t} is {value}: the weights are damaged or overflow their dtype"
+        );
+    }
+    Ok(())
 }
 
 /// Reads `[[id, …], …]`.
@@ -127,7 +141,7 @@ fn for_all_tokens(
 
 /// A safetensors file whose header is written first, as all shapes are known, and whose tensors are filled in place.
 struct LogitsFile {
-    file: tempfile::NamedTempFile,
+    new: NewFile,
     /// Where each row's tensor begins.
     starts: Vec<u64>,
     vocab: usize,
@@ -146,24 +160,25 @@ impl LogitsFile {
         }
         let mut header = Value::Object(header).to_string();
         header += &" ".repeat(header.len().next_multiple_of(8) - header.len()); // the data is aligned to 8 bytes
-        let mut file = files::create(path)?;
+        let mut new = NewFile::create(path)?;
+        let file = new.file();
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         let data = 8 + header.len() as u64;
-        file.as_file().set_len(data + at)?;
-        Ok(Self { file, starts: starts.into_iter().map(|s| s + data).collect(), vocab })
+        file.set_len(data + at)?;
+        Ok(Self { new, starts: starts.into_iter().map(|s| s + data).collect(), vocab })
     }
 
     /// Writes logits of row `r` from its token `start` on.
     fn put(&mut self, r: usize, start: usize, logits: &[f32]) -> std::io::Result<()> {
-        self.file.seek(SeekFrom::Start(self.starts[r] + (start * self.vocab * 4) as u64))?;
+        let file = self.new.file();
+        file.seek(SeekFrom::Start(self.starts[r] + (start * self.vocab * 4) as u64))?;
         let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
-        self.file.write_all(&bytes)
+        file.write_all(&bytes)
     }
 
-    fn finish(mut self, path: &Path) -> anyhow::Result<()> {
-        self.file.flush()?;
-        Ok(files::finish(self.file, path)?)
+    fn finish(self) -> std::io::Result<()> {
+        self.new.finish()
     }
 }
 
@@ -200,7 +215,7 @@ mod tests {
         file.put(2, 0, &[7.0, 8.0, 9.0]).unwrap();
         file.put(0, 1, &[4.0, 5.0, 6.0]).unwrap();
         file.put(0, 0, &[1.0, 2.0, 3.0]).unwrap();
-        file.finish(&path).unwrap();
+        file.finish().unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let read = |name: &str| {
