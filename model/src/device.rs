@@ -81,6 +81,8 @@ pub struct OpenDevice {
     pub name: String,
     /// Whether it is the CPU.
     pub is_cpu: bool,
+    /// Whether it is a processor posing as a GPU (a software Vulkan driver).
+    pub is_software: bool,
 }
 
 impl DeviceChoice {
@@ -101,7 +103,7 @@ impl DeviceChoice {
 fn cpu() -> OpenDevice {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let name = format!("CPU ({threads} thread{})", if threads == 1 { "" } else { "s" });
-    OpenDevice { device: Device::flex(), name, is_cpu: true }
+    OpenDevice { device: Device::flex(), name, is_cpu: true, is_software: false }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -119,7 +121,12 @@ fn cuda(index: usize) -> Result<OpenDevice, DeviceError> {
         let found = if count == 0 { "no CUDA device".to_string() } else { format!("{count} CUDA devices") };
         return Err(DeviceError::Missing { name: "cuda", index, found });
     }
-    Ok(OpenDevice { device: Device::cuda(index), name: format!("CUDA device {index}"), is_cpu: false })
+    Ok(OpenDevice {
+        device: Device::cuda(index),
+        name: format!("CUDA device {index}"),
+        is_cpu: false,
+        is_software: false,
+    })
 }
 
 #[cfg(feature = "cuda")]
@@ -160,7 +167,10 @@ fn wgpu(index: usize, software: bool) -> Result<OpenDevice, DeviceError> {
         _ => devices.iter().map(|(_, name)| name.as_str()).collect::<Vec<_>>().join("; "),
     };
     match devices.into_iter().nth(index) {
-        Some((kind, name)) => Ok(OpenDevice { device: Device::wgpu(kind), name, is_cpu: false }),
+        Some((kind, name)) => {
+            let is_software = kind == DeviceKind::Cpu;
+            Ok(OpenDevice { device: Device::wgpu(kind), name, is_cpu: false, is_software })
+        }
         None => Err(DeviceError::Missing { name: "wgpu", index, found }),
     }
 }

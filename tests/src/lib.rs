@@ -10,17 +10,21 @@ pub mod paths;
 use burn::tensor::{Device, Tensor};
 use m1_model::device::DeviceChoice;
 
-/// A wgpu device for tests, or `None`, said aloud, where there is none. With `M1_REQUIRE_WGPU=1` a missing one is a
-/// failure. Without a GPU, SwiftShader serves: Debian's `chromium` package brings it, and
+/// A wgpu device for tests, or `None`, said aloud, where there is no GPU. With `M1_REQUIRE_WGPU=1` a software driver will
+/// do (it takes minutes, and some crash, so never unasked), and a missing one is a failure. SwiftShader serves: Debian's `chromium` package brings it, and
 /// `VK_DRIVER_FILES=/usr/lib/chromium/vk_swiftshader_icd.json CUBECL_AUTOTUNE_LEVEL=full` selects it.
 pub fn wgpu() -> Option<Device> {
+    let required = std::env::var("M1_REQUIRE_WGPU").is_ok_and(|v| v == "1");
     match DeviceChoice::Wgpu(0).open() {
+        Ok(open) if open.is_software && !required => {
+            eprintln!("SKIPPED: {}; set M1_REQUIRE_WGPU=1 to run on it", open.name);
+            None
+        }
         Ok(open) => {
             eprintln!("running on {}", open.name);
             Some(open.device)
         }
         Err(error) => {
-            let required = std::env::var("M1_REQUIRE_WGPU").is_ok_and(|v| v == "1");
             assert!(!required, "M1_REQUIRE_WGPU=1, but: {error}");
             eprintln!("SKIPPED: {error}");
             None
