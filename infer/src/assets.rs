@@ -4,15 +4,17 @@ use crate::engine::Engine;
 use crate::generation_config::{self, GenerationConfig, GenerationConfigError};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::tokenizer::{Tokenizer, TokenizerError};
-use m1_model::checkpoint::{self, CheckpointError, WeightDtype};
+use m1_model::checkpoint::{self, CheckpointError, Directory, Quantization, WeightDtype};
 use m1_model::device::OpenDevice;
 use std::path::Path;
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
 pub struct LoadSettings {
-    /// Weights in memory; `None`: f32 on the CPU (where bf16 operands are widened at every call), as stored elsewhere.
+    /// Weights in memory that are not quantized; `None`: as stored.
     pub dtype: Option<WeightDtype>,
+    /// Quantize while loading.
+    pub quantize: Option<Quantization>,
     /// `rotary_dim` for a `minimax` checkpoint whose config does not tell.
     pub rotary_dim: Option<usize>,
     /// The most tokens of a sequence; `None`: the model's `max_position_embeddings`.
@@ -105,9 +107,13 @@ impl Assets {
     }
 }
 
-/// The model alone, with the dtype that suits the device.
+/// The model alone.
 pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
-    let dtype = settings.dtype.or(device.is_cpu.then_some(WeightDtype::F32));
-    let options = checkpoint::LoadOptions { dtype, rotary_dim: settings.rotary_dim, progress: true };
+    let LoadSettings { dtype, quantize, rotary_dim, .. } = *settings;
+    let quantized = || Ok::<_, CheckpointError>(Directory::open(dir, rotary_dim)?.quantization().is_some());
+    if !device.is_cpu && (quantize.is_some() || quantized()?) {
+        note!("note: quantized weights are dequantized while loading: only the CPU multiplies them as they are");
+    }
+    let options = checkpoint::LoadOptions { dtype, quantize, rotary_dim, progress: true, tensors: false };
     checkpoint::load(dir, &device.device, &options)
 }

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use m1_model::{Batch, Cache, M1, ModelConfig, Snapshot, Trace};
 
 /// Tokens read in one forward call of a prefill: bounds memory, and how long an interruption waits.
-const PREFILL_CHUNK: usize = 512;
+pub(crate) const PREFILL_CHUNK: usize = 512;
 
 /// Snapshots that a session keeps. One costs 280 MiB for M1 (SPEC §2), next to nothing for a nano model.
 const SNAPSHOTS: usize = 4;

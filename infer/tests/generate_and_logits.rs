@@ -15,7 +15,7 @@ fn generate(args: &[&str]) -> Value {
 
 /// Logits `[tokens][vocab]` of a row alone, computed in one pass without a cache.
 fn alone(row: &[u32]) -> Vec<Vec<f32>> {
-    let options = LoadOptions { dtype: None, rotary_dim: None, progress: false };
+    let options = LoadOptions::default();
     let model = load(checkpoint(), &burn::tensor::Device::flex(), &options).unwrap();
     let hidden = model.forward(&Batch::new(vec![row.to_vec()]), None, &mut Trace::none());
     let logits = model.logits(hidden).into_data().try_to_vec::<f32>().unwrap();

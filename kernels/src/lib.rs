@@ -2,13 +2,21 @@
 //!
 //! One folder per operation, all alike: `mod.rs` is the public function with its maths, shapes and dtypes;
 //! `reference.rs` is the same as plain tensor operations, differentiable on Burn's autodiff: the definition that every
-//! faster path must equal. No operation knows another.
+//! faster path must equal; `cpu.rs` is Flex, `cube.rs` one CubeCL source for CUDA and wgpu, `backward.rs` the gradient. No
+//! operation knows another; what they share is in `base`.
 
+// Register tiles are indexed by constants, so that their loops unroll; kernels have many arguments.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
+
+pub mod adamw;
+pub mod base;
 pub mod experts;
 pub mod lightning_attention;
 pub mod linear;
+pub mod log_prob;
 pub mod rms_norm;
 pub mod rotary;
+pub mod silu;
 pub mod softmax_attention;
 
 use burn::tensor::{DType, Tensor};

@@ -82,6 +82,8 @@ pub struct Layout {
     pub lengths: Vec<usize>,
     /// Tokens of the longest row.
     pub longest: usize,
+    /// Absolute position of each row's first new token.
+    pub starts: Vec<usize>,
     /// Absolute position of every packed token.
     pub positions: Vec<usize>,
     to_padded: Option<Tensor<1, Int>>,
@@ -106,12 +108,17 @@ impl Layout {
             to_padded = Some(ints(padded, device));
             to_packed = Some(ints(packed, device));
         }
-        Self { lengths, longest, positions, to_padded, to_packed }
+        Self { lengths, longest, starts: past.to_vec(), positions, to_padded, to_packed }
     }
 
     /// Row lengths where they differ; `None` when all rows are equally long.
     pub fn uneven(&self) -> Option<&[usize]> {
         self.to_padded.as_ref().map(|_| self.lengths.as_slice())
+    }
+
+    /// Whether every row brings exactly one token: a step of decoding.
+    pub fn one_each(&self) -> bool {
+        self.longest == 1 && self.to_padded.is_none()
     }
 
     /// `[tokens, heads · dim] -> [rows, heads, longest, dim]`.

@@ -9,6 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::checkpoint::Quantization;
+
 /// What is wrong with a configuration; each message names the key and what would be right.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -321,8 +323,11 @@ impl ModelConfig {
         for key in ["attention_dropout", "router_jitter_noise"] {
             expect_unset(&self.extra, key, |v| v.as_f64() == Some(0.0), "0 (not computed here)")?;
         }
-        for key in ["sliding_window", "rope_scaling", "quantization_config"] {
+        for key in ["sliding_window", "rope_scaling"] {
             expect_unset(&self.extra, key, |_| false, "null (not computed here)")?;
+        }
+        if let Some(value) = self.extra.get("quantization_config").filter(|value| !value.is_null()) {
+            Quantization::from_json(value, self)?;
         }
         let is_id = |v: &Value| v.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
         for key in ["bos_token_id", "eos_token_id"] {
@@ -556,7 +561,6 @@ mod tests {
             ("attention_bias", json!(true), "false"),
             ("sliding_window", json!(4096), "null"),
             ("rope_scaling", json!({"type": "yarn"}), "null"),
-            ("quantization_config", json!({"bits": 4}), "null"),
             ("attention_dropout", json!(0.1), "0"),
             ("eos_token_id", json!(-1), "token id"),
             ("eos_token_id", json!([1, "x"]), "token id"),

@@ -99,9 +99,9 @@ impl DecoderLayer {
             }
             _ => panic!("layer {}: the cache was made for another configuration", self.index),
         };
-        let x = scaled(residual, self.attention_alpha) + scaled(attended, self.attention_beta);
+        let (alpha, beta) = (self.attention_alpha, self.attention_beta);
+        let (x, h) = self.post_attention_layernorm.forward_added(residual, attended, alpha, beta);
 
-        let h = self.post_attention_layernorm.forward(x.clone());
         let residual = self.residual(x, &h);
         let mixed = self.block_sparse_moe.forward(h, self.index, trace);
         scaled(residual, self.mlp_alpha) + scaled(mixed, self.mlp_beta)

@@ -2,7 +2,7 @@
 //!
 //! Sums are in `u128`: no configuration that [`ModelConfig::validate`] accepts overflows them at any context.
 
-use crate::checkpoint::{Role, WeightDtype, tensors};
+use crate::checkpoint::{Quantization, Role, TensorSpec, WeightDtype, tensors};
 use crate::config::{AttentionKind, ModelConfig};
 
 /// All weights.
@@ -30,10 +30,24 @@ pub fn active_parameters(config: &ModelConfig) -> u128 {
 /// Bytes of all weights in memory: matrices in `dtype`, norms and routers in f32.
 pub fn weight_bytes(config: &ModelConfig, dtype: WeightDtype) -> u128 {
     let elements = |role: fn(Role) -> bool| -> u128 {
-        let of_role = |t: &crate::checkpoint::TensorSpec| t.shape.iter().map(|&dim| wide(dim)).product::<u128>();
+        let of_role = |t: &TensorSpec| t.shape.iter().map(|&dim| wide(dim)).product::<u128>();
         tensors(config).iter().filter(|t| role(t.role)).map(of_role).sum()
     };
-    elements(|role| role == Role::Matrix) * wide(dtype.size()) + elements(|role| role != Role::Matrix) * 4
+    elements(Role::is_matrix) * wide(dtype.size()) + elements(|role| !role.is_matrix()) * 4
+}
+
+/// Bytes of all weights as this quantization holds them, scales included: other matrices in `dtype`, norms and routers in
+/// f32.
+pub fn quantized_bytes(config: &ModelConfig, dtype: WeightDtype, quantization: &Quantization) -> u128 {
+    let bytes = |tensor: &TensorSpec| {
+        let elements: u128 = tensor.shape.iter().map(|&dim| wide(dim)).product();
+        match quantization.of(tensor.role) {
+            Some(blocks) => blocks.bytes(elements).iter().sum(),
+            None if tensor.role.is_matrix() => elements * wide(dtype.size()),
+            None => elements * 4,
+        }
+    };
+    tensors(config).iter().map(bytes).sum()
 }
 
 /// Bytes of a sequence's lightning states (f32), whatever its length.
@@ -81,6 +95,7 @@ fn state(config: &ModelConfig) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Bits;
 
     fn m1() -> ModelConfig {
         ModelConfig::from_json(include_str!("../tests/data/config.json")).unwrap()
@@ -112,6 +127,23 @@ mod tests {
         assert_eq!(parameters(&m1()), {
             tensors(&m1()).iter().map(|t| t.shape.iter().product::<usize>() as u128).sum::<u128>()
         });
+    }
+
+    #[test]
+    fn blocks_take_their_bits_and_a_scale() {
+        let m1 = m1();
+        let of =
+            |bits, block, all| quantized_bytes(&m1, WeightDtype::Bf16, &Quantization::new(bits, block, all).unwrap());
+        let bf16 = weight_bytes(&m1, WeightDtype::Bf16);
+        let experts = 80 * 32 * expert(&m1);
+        assert_eq!(bf16 - of(Bits::Int8, 32, false), experts - experts / 16);
+        assert_eq!(bf16 - of(Bits::Int4, 64, false), experts * 3 / 2 - experts / 32);
+        // All matrices but the routers; at 4 bits embedding and head take 8.
+        let routers = 80 * 32 * 6144;
+        let norms = 70 * 8192 + (2 * 80 + 1) * 6144;
+        let (all, ends) = (parameters(&m1) - routers - norms, 2 * embedding(&m1));
+        assert_eq!(of(Bits::Int8, 32, true), all * 17 / 16 + 4 * (routers + norms));
+        assert_eq!(of(Bits::Int4, 32, true), (all - ends) * 9 / 16 + ends * 17 / 16 + 4 * (routers + norms));
     }
 
     #[test]

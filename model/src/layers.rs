@@ -1,31 +1,33 @@
 //! The three small modules every layer is made of, with the checkpoint's layouts.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use m1_kernels::{linear, rms_norm};
+
+use crate::batch::ints;
+use crate::weight::{Held, Table, Weight};
 
 /// A linear map without bias.
 #[derive(Module, Debug)]
 pub struct Linear {
     /// `[out, in]`, as the checkpoint stores it.
-    pub weight: Param<Tensor<2>>,
+    pub weight: Weight<2>,
 }
 
 impl Linear {
     /// Normal with deviation `gain / √in`.
     pub fn new(input: usize, output: usize, gain: f64, device: &Device) -> Self {
-        let std = gain / (input as f64).sqrt();
-        Self { weight: Initializer::Normal { mean: 0.0, std }.init([output, input], device) }
+        Self { weight: Weight::normal(gain / (input as f64).sqrt(), [output, input], device) }
     }
 
-    /// `[n, in] -> [n, out]` in the dtype of the weight.
+    /// `[n, in] -> [n, out]`: in the dtype of a tensor weight, in f32 with a packed one.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        linear::linear(x, self.weight.val())
+        linear::linear(x, &self.weight.value())
     }
 
     /// `[n, in] -> [n, out]` in f32, whatever the weight is stored in.
     pub fn forward_f32(&self, x: Tensor<2>) -> Tensor<2> {
-        linear::linear_f32(x, self.weight.val())
+        linear::linear_f32(x, &self.weight.value())
     }
 }
 
@@ -47,23 +49,54 @@ impl RmsNorm {
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         rms_norm::rms_norm(x, self.weight.val(), self.eps)
     }
+
+    /// `sum = residual · alpha + branch · beta` and its norm, `[n, dim]` each.
+    pub fn forward_added(
+        &self,
+        residual: Tensor<2>,
+        branch: Tensor<2>,
+        alpha: f64,
+        beta: f64,
+    ) -> (Tensor<2>, Tensor<2>) {
+        rms_norm::add_rms_norm(residual, branch, self.weight.val(), alpha, beta, self.eps)
+    }
+
+    /// `norm(o) · sigmoid(gate)`, `[n, dim]` in the dtype of `gate`; `o` of any rank whose elements are `[n, dim]`.
+    pub fn forward_gated<const D: usize>(&self, o: Tensor<D>, gate: Tensor<2>) -> Tensor<2> {
+        rms_norm::gated_rms_norm(o, gate, self.weight.val(), self.eps)
+    }
+
+    /// What is added to the mean square.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
 }
 
 /// Token embeddings.
 #[derive(Module, Debug)]
 pub struct Embedding {
     /// `[vocab, hidden]`.
-    pub weight: Param<Tensor<2>>,
+    pub weight: Table,
 }
 
 impl Embedding {
     /// Standard normal: the first norm of the model makes any scale of it the same.
     pub fn new(vocab: usize, hidden: usize, device: &Device) -> Self {
-        Self { weight: Initializer::Normal { mean: 0.0, std: 1.0 }.init([vocab, hidden], device) }
+        Self { weight: Table::normal(1.0, [vocab, hidden], device) }
     }
 
-    /// `ids [n] -> [n, hidden]`.
-    pub fn forward(&self, ids: Tensor<1, Int>) -> Tensor<2> {
-        self.weight.val().select(0, ids)
+    /// Ids `[n] -> [n, hidden]` on `device`: in the dtype of a tensor, in f32 from a file's rows.
+    pub fn forward(&self, ids: Vec<i32>, device: &Device) -> Tensor<2> {
+        match &self.weight {
+            Held::Tensor(param) => param.val().select(0, ints(ids, device)),
+            Held::Constant(rows) => {
+                let mut values = vec![0f32; ids.len() * rows.width()];
+                for (id, row) in ids.iter().zip(values.chunks_exact_mut(rows.width())) {
+                    // Its scales were looked at when it was loaded.
+                    let _ = rows.read(*id as usize, row);
+                }
+                Tensor::from_data(TensorData::new(values, [ids.len(), rows.width()]), device)
+            }
+        }
     }
 }

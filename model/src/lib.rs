@@ -16,6 +16,7 @@ pub mod lightning_attention;
 pub mod model;
 pub mod softmax_attention;
 pub mod trace;
+pub mod weight;
 
 pub use batch::Batch;
 pub use cache::{Cache, CacheError, Snapshot};

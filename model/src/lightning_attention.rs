@@ -2,8 +2,9 @@
 //! whatever the length of the text.
 
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor, activation};
-use m1_kernels::lightning_attention::lightning_attention;
+use burn::tensor::{DType, Device, Tensor};
+use m1_kernels::lightning_attention::{decode, lightning_attention};
+use m1_kernels::silu::silu;
 
 use crate::batch::Layout;
 use crate::config::ModelConfig;
@@ -44,25 +45,47 @@ impl LightningAttention {
     ///
     /// Without a cache no state is computed at all.
     pub fn forward(&self, h: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
-        let heads = self.slopes.len();
-        let qkv = activation::silu(self.qkv_proj.forward(h.clone()));
-        let dtype = qkv.dtype();
+        let qkv = self.qkv_proj.forward(h.clone());
+        let gate = self.output_gate.forward(h);
+        let o = match state {
+            Some(state) if layout.one_each() => self.decode(qkv, gate, state),
+            state => self.blocks(qkv, gate, layout, state),
+        };
+        self.out_proj.forward(o)
+    }
+
+    /// One token a row: a single pass over the state.
+    fn decode(&self, qkv: Tensor<2>, gate: Tensor<2>, state: &mut Tensor<4>) -> Tensor<2> {
+        let (o, after) = decode(qkv, gate, take(state), &self.slopes, self.norm.weight.val(), self.norm.eps());
+        *state = after;
+        o
+    }
+
+    /// Any number of tokens a row, in blocks.
+    fn blocks(&self, qkv: Tensor<2>, gate: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
         // [rows, heads, tokens, 3 · head_dim]: each head's q, k and v lie side by side.
-        let qkv = layout.heads(to_f32(qkv), heads);
+        let qkv = layout.heads(to_f32(silu(qkv)), self.slopes.len());
         let dim = qkv.dims()[3] / 3;
         let part = |i: usize| qkv.clone().narrow(3, i * dim, dim);
-
-        let want_state = state.is_some();
-        let before = state.as_deref().cloned();
-        let (o, after) =
-            lightning_attention(part(0), part(1), part(2), &self.slopes, before, layout.uneven(), want_state);
-        if let (Some(state), Some(after)) = (state, after) {
-            *state = after;
-        }
-        let o = self.norm.forward(layout.join(o));
-        let gate = activation::sigmoid(self.output_gate.forward(h));
-        self.out_proj.forward(gate * if dtype == DType::F32 { o } else { o.cast(dtype) })
+        let (q, k, v) = (part(0), part(1), part(2));
+        let (starts, lengths) = (Some(layout.starts.as_slice()), layout.uneven());
+        let o = match state {
+            None => lightning_attention(q, k, v, &self.slopes, None, starts, lengths, false).0,
+            Some(state) => {
+                let before = Some(take(state));
+                let (o, after) = lightning_attention(q, k, v, &self.slopes, before, starts, lengths, true);
+                *state = after.expect("the state was asked for");
+                o
+            }
+        };
+        self.norm.forward_gated(layout.join(o), gate)
     }
+}
+
+/// Moves the state out, so that its buffer has one owner and can be written in place.
+fn take(state: &mut Tensor<4>) -> Tensor<4> {
+    let empty = Tensor::empty([0, 0, 0, 0], &state.device());
+    std::mem::replace(state, empty)
 }
 
 fn to_f32(x: Tensor<2>) -> Tensor<2> {

@@ -2,12 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, activation::softmax};
+use m1_kernels::base::packed::PackError;
 use m1_kernels::rotary::Rotation;
 
 use crate::batch::{Batch, Layout, ints};
 use crate::cache::Cache;
+use crate::checkpoint::{Slot, slots};
 use crate::config::ModelConfig;
-use crate::decoder_layer::DecoderLayer;
+use crate::decoder_layer::{Attention, DecoderLayer};
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::trace::Trace;
 
@@ -50,14 +52,68 @@ impl M1 {
         }
     }
 
+    /// The same model for inference on the CPU: every matrix packed in the format of its dtype, the router and the rest
+    /// as they are. After an update of the weights a new one is needed.
+    ///
+    /// # Errors
+    /// As [`m1_kernels::base::packed::Packed::pack`].
+    pub fn packed(&self) -> Result<Self, PackError> {
+        let mut model = self.clone();
+        for (_, slot) in slots(&mut model) {
+            match slot {
+                Slot::Matrix(weight) => *weight = weight.packed()?,
+                Slot::Experts(weight) => *weight = weight.packed()?,
+                Slot::Norm(_) | Slot::Table(_) => {}
+            }
+        }
+        Ok(model)
+    }
+
+    /// Bytes of all weights as they are held; the embedding's, where it stays in its file, as they are there.
+    pub fn weight_bytes(&self) -> u64 {
+        self.sum_bytes(|bytes| bytes, |bytes| bytes)
+    }
+
+    /// Bytes of weights that a decode step of one token reads: everything but the experts that it does not visit and the
+    /// embedding's other rows.
+    pub fn token_bytes(&self) -> u64 {
+        let (k, experts) = (self.config.num_experts_per_tok as u64, self.config.num_local_experts as u64);
+        let vocab = self.config.vocab_size as u64;
+        self.sum_bytes(|table| table / vocab, |stack| stack / experts * k)
+    }
+
+    fn sum_bytes(&self, of_table: impl Fn(u64) -> u64, of_experts: impl Fn(u64) -> u64) -> u64 {
+        let mut model = self.clone(); // shares every weight
+        let bytes = |(_, slot)| match slot {
+            Slot::Norm(param) => 4 * param.lazy_shape().num_elements() as u64,
+            Slot::Matrix(weight) => weight.bytes(),
+            Slot::Table(table) => of_table(table.bytes()),
+            Slot::Experts(weight) => of_experts(weight.bytes()),
+        };
+        slots(&mut model).into_iter().map(bytes).sum()
+    }
+
+    /// What the matrices are held in, in words: `bf16`, or `bf16, experts int8`.
+    pub fn form(&self) -> String {
+        let layer = &self.model.layers[0];
+        let attention = match &layer.self_attn {
+            Attention::Lightning(attention) => attention.out_proj.weight.form(),
+            Attention::Softmax(attention) => attention.o_proj.weight.form(),
+        };
+        match layer.block_sparse_moe.w1.form() {
+            experts if experts == attention => attention.into(),
+            experts => format!("{attention}, experts {experts}"),
+        }
+    }
+
     /// The configuration the model was made for.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Where the weights are.
+    /// Where it computes.
     pub fn device(&self) -> Device {
-        self.lm_head.weight.val().device()
+        self.model.norm.weight.lazy_device()
     }
 
     /// Runs new tokens through all layers and returns the hidden states asked for by the batch, after the final norm:
@@ -87,7 +143,7 @@ impl M1 {
             id as i32
         });
 
-        let mut x = self.model.embed_tokens.forward(ints(ids.collect(), &device));
+        let mut x = self.model.embed_tokens.forward(ids.collect(), &device);
         for (i, layer) in self.model.layers.iter().enumerate() {
             trace.saw_hidden(&x);
             x = layer.forward(x, &layout, &rotation, cache.as_deref_mut().map(|c| c.layer_mut(i)), trace);

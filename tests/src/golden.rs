@@ -68,9 +68,14 @@ impl Golden {
         self.model_in(WeightDtype::F32, device)
     }
 
-    /// The model with weights of `dtype`.
+    /// The model with weights of `dtype`, as that device takes them by default.
     pub fn model_in(&self, dtype: WeightDtype, device: &Device) -> M1 {
-        let options = LoadOptions { dtype: Some(dtype), ..LoadOptions::default() };
+        self.model_as(dtype, false, device)
+    }
+
+    /// The model with weights of `dtype`; with `tensors` they are tensors also where they would be packed.
+    pub fn model_as(&self, dtype: WeightDtype, tensors: bool, device: &Device) -> M1 {
+        let options = LoadOptions { dtype: Some(dtype), tensors, ..LoadOptions::default() };
         checkpoint::load(&self.dir, device, &options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 

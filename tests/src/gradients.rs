@@ -94,8 +94,20 @@ impl ModuleVisitor for ByName<'_> {
         // The variant of an enum is no part of a name.
         let parts = self.path.iter().filter(|p| !matches!(p.as_str(), "Lightning" | "Softmax"));
         let name = parts.map(String::as_str).collect::<Vec<_>>().join(".");
-        if let Some(gradient) = param.val().grad(self.gradients) {
-            self.found.insert(name, values(&gradient));
+        let Some(gradient) = param.val().grad(self.gradients) else {
+            return;
+        };
+        // A layer's experts are one parameter here, and each has a name of its own there.
+        match name.split_once(".block_sparse_moe.w") {
+            None => _ = self.found.insert(name, values(&gradient)),
+            Some((layer, number)) => {
+                let experts = gradient.dims()[0];
+                let all = values(&gradient);
+                for (expert, one) in all.chunks(all.len() / experts).enumerate() {
+                    let name = format!("{layer}.block_sparse_moe.experts.{expert}.w{number}.weight");
+                    self.found.insert(name, one.to_vec());
+                }
+            }
         }
     }
 }

@@ -9,13 +9,15 @@ use std::fmt::Write as _;
 use indicatif::ProgressBar;
 use m1_infer::sampler::{SamplerError, SamplingOptions};
 use m1_infer::tokenizer::Tokenizer;
+use m1_model::Trace;
 use m1_model::model::M1;
 use serde::{Deserialize, Serialize};
 
+use crate::conversation::Role;
 use crate::data::{Data, DataError};
 use crate::decode::{DecodeOptions, Prompt, Reply, decode};
 use crate::tasks::{Problem, Task};
-use crate::trainer::in_parallel;
+use crate::trainer::{cross_entropy_sum, in_parallel, targets};
 
 /// What to evaluate and how.
 #[derive(Debug, Clone)]
@@ -111,6 +113,10 @@ pub struct Report {
     pub overlap: usize,
     /// How many training conversations were looked through.
     pub overlap_conversations: u64,
+    /// `e` to the mean of `-ln p(token | before)` over the tokens of the problems' own solutions, all problems together.
+    pub perplexity: f64,
+    /// How many tokens that is.
+    pub solution_tokens: u64,
     /// One entry per task, difficulty and mode.
     pub scores: Vec<Score>,
     /// The first few replies of each.
@@ -140,11 +146,12 @@ pub fn evaluate(
 ) -> Result<Report, EvalError> {
     let Subject { model, tokenizer, data, .. } = *subject;
     let mut jobs = Vec::new();
-    let mut questions = HashSet::new();
+    let (mut questions, mut solutions) = (HashSet::new(), Vec::new());
     for &task in tasks {
         for &difficulty in &settings.difficulties {
             let problems = problems(data, task, difficulty, settings.problems)?;
             questions.extend(problems.iter().map(|p| p.question.clone()));
+            solutions.extend(problems.chunks(SOLUTIONS).map(<[_]>::to_vec));
             for &mode in &settings.modes {
                 for (first, chunk) in problems.chunks(settings.rows).enumerate() {
                     jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
@@ -170,7 +177,10 @@ pub fn evaluate(
         bar.inc(problems.len() as u64);
         Ok::<_, EvalError>(replies)
     });
+    let (solution_tokens, surprise) = surprise(subject, &solutions, pools)?;
     let mut report = Report {
+        perplexity: (surprise / solution_tokens.max(1) as f64).exp(),
+        solution_tokens,
         questions: questions.len(),
         overlap: data.overlap(questions.iter().map(String::as_str), settings.overlap_conversations),
         overlap_conversations: settings.overlap_conversations,
@@ -214,6 +224,26 @@ pub fn evaluate(
         report.scores.push(score);
     }
     Ok(report)
+}
+
+/// Solutions read together: a fixed number, so that no setting changes a digit of the sum.
+const SOLUTIONS: usize = 16;
+
+/// The tokens of the problems' own solutions, and the sum of `-ln p(token | before)` over them.
+fn surprise(
+    subject: &Subject,
+    problems: &[Vec<Problem>],
+    pools: &[rayon::ThreadPool],
+) -> Result<(u64, f64), EvalError> {
+    let Subject { model, data, .. } = *subject;
+    let parts = in_parallel(pools, problems.len(), |i| {
+        let solved = |p: &Problem| data.tokens_of(&[(Role::User, p.question.clone()), (Role::Assistant, p.reply())]);
+        let examples = problems[i].iter().map(solved).collect::<Result<Vec<_>, _>>()?;
+        let tokens: usize = examples.iter().map(targets).sum();
+        let sum = cross_entropy_sum(model, &examples.iter().collect::<Vec<_>>(), &mut Trace::none());
+        Ok::<_, EvalError>((tokens as u64, f64::from(sum.into_scalar::<f32>())))
+    });
+    parts.into_iter().try_fold((0, 0.0), |(tokens, sum), part| part.map(|(t, s)| (tokens + t, sum + s)))
 }
 
 /// Different evaluation problems; a small space at low difficulty has fewer than wanted.

@@ -1,21 +1,19 @@
 //! AdamW with M1's constants: β 0.9 and 0.95, ε 1e-15 (SPEC §4: most gradients lie below 1e-14, where the usual ε
 //! of 1e-8 would swallow the update).
 //!
-//! Different here: the step is Burn's own `AdamW`, but on the flat list of [`crate::parameters`]; the moments
-//! are kept by parameter name in a safetensors file, so a resumed run continues to the bit. Clipping is by the norm over *all*
-//! gradients, which Burn does not offer (it clips tensor by tensor).
+//! Different here: the step is one pass over memory, on the flat list of [`crate::parameters`]; the moments are kept by
+//! parameter name in a safetensors file, so a resumed run continues to the bit. Clipping is by the norm over *all* gradients,
+//! which Burn does not offer (it clips tensor by tensor).
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Mutex;
 
-use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, Optimizer as _};
 use burn::tensor::{Device, Tensor, TensorData};
+use m1_kernels::adamw::{AdamWStep, adamw};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::parameters::{self, ParameterInfo};
-use crate::trainer::in_parallel;
+use crate::parameters::ParameterInfo;
 
 /// Settings of the optimizer; the defaults are M1's where the report gives them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -71,85 +69,76 @@ pub enum OptimizerError {
     },
 }
 
+/// What the optimizer keeps of one parameter's gradients.
+#[derive(Debug, Clone)]
+struct Moments {
+    /// Steps taken.
+    time: u32,
+    /// Mean of the gradients, `[n]`.
+    first: Tensor<1>,
+    /// Mean of their squares, `[n]`.
+    second: Tensor<1>,
+}
+
 /// The optimizer of one model: settings and moments.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Optimizer {
     settings: OptimizerSettings,
-    decayed: AdamW,
-    plain: AdamW,
     infos: Vec<ParameterInfo>,
-    states: Vec<Option<AdamWState<1>>>,
+    moments: Vec<Option<Moments>>,
 }
 
 impl Optimizer {
     /// An optimizer without any moments yet.
     pub fn new(settings: OptimizerSettings, infos: Vec<ParameterInfo>) -> Self {
-        let config =
-            AdamWConfig::new().with_beta_1(settings.beta_1).with_beta_2(settings.beta_2).with_epsilon(settings.epsilon);
-        Self {
-            settings,
-            decayed: config.clone().with_weight_decay(settings.weight_decay).build(),
-            plain: config.with_weight_decay(0.0).build(),
-            states: vec![None; infos.len()],
-            infos,
-        }
+        Self { settings, moments: vec![None; infos.len()], infos }
     }
 
-    /// One step on all parameters, spread over the pools' threads.
+    /// The factor of all gradients in a step whose global norm is `norm`.
+    pub fn scale(&self, norm: f64) -> f64 {
+        clip_scale(norm, self.settings.clip)
+    }
+
+    /// Parameter `index` of [`crate::parameters::infos`], flattened, after one step.
     ///
-    /// Takes [`parameters::values`] and their gradients in the same order; gives the new values and the gradient's
-    /// norm before clipping.
-    pub fn step(
+    /// `gradient` is multiplied by `scale` (see [`Optimizer::scale`]); `None` is a gradient of zero.
+    pub fn update(
         &mut self,
-        lr: f64,
-        values: Vec<Tensor<1>>,
-        gradients: Vec<Option<Tensor<1>>>,
-        pools: &[rayon::ThreadPool],
-    ) -> (Vec<Tensor<1>>, f64) {
-        let norm = parameters::global_norm(&gradients);
-        let scale = clip_scale(norm, self.settings.clip);
-        let states = std::mem::take(&mut self.states);
-        let jobs: Vec<_> = values.into_iter().zip(gradients).zip(states).map(|job| Mutex::new(Some(job))).collect();
-        let updated = in_parallel(pools, jobs.len(), |i| {
-            let job = jobs[i].lock().unwrap_or_else(|e| e.into_inner()).take();
-            let ((value, gradient), state) = job.expect("each job is taken once");
-            self.step_one(&self.infos[i], lr, scale, value, gradient, state)
-        });
-        let (values, states) = updated.into_iter().unzip();
-        self.states = states;
-        (values, norm)
-    }
-
-    fn step_one(
-        &self,
-        info: &ParameterInfo,
+        index: usize,
         lr: f64,
         scale: f64,
         value: Tensor<1>,
         gradient: Option<Tensor<1>>,
-        state: Option<AdamWState<1>>,
-    ) -> (Tensor<1>, Option<AdamWState<1>>) {
-        // No gradient means a gradient of zero: the moments go on decaying as they would for any other step.
+    ) -> Tensor<1> {
         let gradient = match gradient {
-            Some(g) if scale < 1.0 => g * scale,
-            Some(g) => g,
-            None if state.is_none() => return (value, None),
+            Some(gradient) => gradient,
+            // The moments go on decaying as they would for any other step.
+            None if self.moments[index].is_none() => return value,
             None => value.zeros_like(),
         };
-        let adamw = if decays(info) { &self.decayed } else { &self.plain };
-        adamw.step(lr, value, gradient, state)
+        let Moments { time, first, second } = self.moments[index].take().unwrap_or_else(|| {
+            let zeros = value.zeros_like();
+            Moments { time: 0, first: zeros.clone(), second: zeros }
+        });
+        let time = time + 1;
+        let OptimizerSettings { beta_1, beta_2, epsilon, weight_decay, .. } = self.settings;
+        let weight_decay = if decays(&self.infos[index]) { weight_decay } else { 0.0 };
+        let step = AdamWStep { lr, beta_1, beta_2, epsilon, weight_decay, time, scale };
+        let (value, first, second) = adamw(value, gradient, first, second, step);
+        self.moments[index] = Some(Moments { time, first, second });
+        value
     }
 
     /// Writes the moments (f32) and step counts to a safetensors file.
     pub fn save(&self, path: &Path) -> Result<(), OptimizerError> {
         let mut steps = HashMap::new();
         let mut tensors: Vec<(String, Vec<u8>, usize)> = Vec::new();
-        for (info, state) in self.infos.iter().zip(&self.states) {
-            let Some(AdamWState { momentum }) = state else {
+        for (info, moments) in self.infos.iter().zip(&self.moments) {
+            let Some(Moments { time, first, second }) = moments else {
                 continue;
             };
-            steps.insert(info.path.clone(), momentum.time.to_string());
-            for (kind, moment) in [("m", &momentum.moment_1), ("v", &momentum.moment_2)] {
+            steps.insert(info.path.clone(), time.to_string());
+            for (kind, moment) in [("m", first), ("v", second)] {
                 let data = moment.to_data().convert::<f32>();
                 let len = moment.dims()[0];
                 tensors.push((format!("{}.{kind}", info.path), data.as_bytes().to_vec(), len));
@@ -178,9 +167,12 @@ impl Optimizer {
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(format)?;
         let steps = header.metadata().clone().unwrap_or_default();
         let file = safetensors::SafeTensors::deserialize(&bytes).map_err(format)?;
-        for (info, state) in self.infos.iter().zip(&mut self.states) {
+        if let Some(other) = steps.keys().filter(|path| !self.infos.iter().any(|info| info.path == **path)).min() {
+            return Err(mismatch(other, "moments of a parameter".into(), "only this model's parameters".into()));
+        }
+        for (info, moments) in self.infos.iter().zip(&mut self.moments) {
             let Some(time) = steps.get(&info.path) else {
-                *state = None;
+                *moments = None;
                 continue;
             };
             let time = time.parse().map_err(|_| mismatch(&info.path, format!("step {time:?}"), "a number".into()))?;
@@ -196,14 +188,7 @@ impl Optimizer {
                     view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 Ok(Tensor::from_data(TensorData::new(values, [len]), device))
             };
-            *state = Some(AdamWState {
-                momentum: AdaptiveMomentumState {
-                    time,
-                    moment_1: read("m")?,
-                    moment_2: read("v")?,
-                    max_moment_2: None,
-                },
-            });
+            *moments = Some(Moments { time, first: read("m")?, second: read("v")? });
         }
         Ok(())
     }
@@ -222,14 +207,22 @@ fn decays(info: &ParameterInfo) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parameters;
 
     fn tensor(values: &[f32]) -> Tensor<1> {
         Tensor::from_data(values, &Device::flex())
     }
 
-    fn pools() -> Vec<rayon::ThreadPool> {
-        let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        vec![pool(), pool()]
+    /// One step on all parameters.
+    fn step(
+        optimizer: &mut Optimizer,
+        lr: f64,
+        values: Vec<Tensor<1>>,
+        gradients: Vec<Option<Tensor<1>>>,
+    ) -> Vec<Tensor<1>> {
+        let scale = optimizer.scale(parameters::global_norm(&gradients));
+        let all = values.into_iter().zip(gradients).enumerate();
+        all.map(|(i, (value, gradient))| optimizer.update(i, lr, scale, value, gradient)).collect()
     }
 
     fn host(tensor: &Tensor<1>) -> Vec<f32> {
@@ -258,7 +251,7 @@ mod tests {
         let mut optimizer = Optimizer::new(OptimizerSettings::default(), infos());
         let values = vec![tensor(&[1.0, 1.0]), tensor(&[1.0, 1.0])];
         let gradients = vec![Some(tensor(&[1e-9, -0.5])), Some(tensor(&[0.5, 1e-9]))];
-        let (new, _) = optimizer.step(0.01, values, gradients, &pools());
+        let new = step(&mut optimizer, 0.01, values, gradients);
         let close = |found: &[f32], expected: [f32; 2]| found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 2e-6);
         assert!(close(&host(&new[0]), [0.999 - 0.01, 0.999 + 0.01]), "{:?}", host(&new[0]));
         assert!(close(&host(&new[1]), [0.99, 0.99]), "{:?}", host(&new[1]));
@@ -274,14 +267,14 @@ mod tests {
             let g = 0.1 * i as f32;
             // The second parameter has no gradient in the first step and no state then.
             let second = (i > 1).then(|| tensor(&[g, 2.0 * g]));
-            values = whole.step(0.01, values, vec![Some(tensor(&[g, -g])), second], &pools()).0;
+            values = step(&mut whole, 0.01, values, vec![Some(tensor(&[g, -g])), second]);
         }
         whole.save(&path).unwrap();
         let mut resumed = Optimizer::new(OptimizerSettings::default(), infos());
         resumed.load(&path, &Device::flex()).unwrap();
         let gradients = || vec![Some(tensor(&[0.7, 0.1])), None];
-        let (a, _) = whole.step(0.02, values.clone(), gradients(), &pools());
-        let (b, _) = resumed.step(0.02, values, gradients(), &pools());
+        let a = step(&mut whole, 0.02, values.clone(), gradients());
+        let b = step(&mut resumed, 0.02, values, gradients());
         assert_eq!(host(&a[0]), host(&b[0]));
         assert_eq!(host(&a[1]), host(&b[1]));
     }
@@ -292,12 +285,18 @@ mod tests {
         let path = dir.path().join("optimizer.safetensors");
         let mut one = Optimizer::new(OptimizerSettings::default(), infos());
         let values = vec![tensor(&[1.0, 1.0]), tensor(&[1.0, 1.0])];
-        one.step(0.1, values, vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))], &pools());
+        step(&mut one, 0.1, values, vec![Some(tensor(&[1.0, 1.0])), Some(tensor(&[1.0, 1.0]))]);
         one.save(&path).unwrap();
         let mut other = infos();
         other[0].shape = vec![3, 1];
         let error =
             Optimizer::new(OptimizerSettings::default(), other).load(&path, &Device::flex()).unwrap_err().to_string();
         assert!(error.contains("a.weight.m") && error.contains("F32 [3]"), "{error}");
+        // As they were called when each expert was a parameter of its own.
+        let mut other = infos();
+        other[0].path = "experts.w1".into();
+        let error =
+            Optimizer::new(OptimizerSettings::default(), other).load(&path, &Device::flex()).unwrap_err().to_string();
+        assert!(error.contains("a.weight: moments of a parameter, expected only this model's parameters"), "{error}");
     }
 }

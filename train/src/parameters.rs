@@ -5,6 +5,7 @@
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
+use m1_kernels::adamw::sum_of_squares;
 
 /// What a parameter is called and whether it is a matrix.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,23 +48,24 @@ pub fn values<M: Module>(model: &M) -> Vec<Tensor<1>> {
     visitor.0
 }
 
-/// The model with other values, in the order of [`values`].
+/// The model with every value, flattened, replaced by `new(index, value)`, in the order of [`values`]. A value that only
+/// this model holds comes as its buffer's one owner, so that it can be changed where it is.
 ///
 /// # Panics
-/// If there are more parameters than values, or a value has another number of elements.
-pub fn with_values<M: Module>(model: M, values: Vec<Tensor<1>>) -> M {
-    struct Replace(std::vec::IntoIter<Tensor<1>>);
-    impl ModuleMapper for Replace {
+/// If a new value has another number of elements.
+pub fn update<M: Module>(model: M, new: impl FnMut(usize, Tensor<1>) -> Tensor<1>) -> M {
+    struct Update<F>(usize, F);
+    impl<F: FnMut(usize, Tensor<1>) -> Tensor<1>> ModuleMapper for Update<F> {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let value = self.0.next().expect("one value for every parameter");
+            let index = self.0;
+            self.0 += 1;
             param.map(|old| {
                 let shape = old.shape();
-                drop(old);
-                value.reshape(shape)
+                (self.1)(index, old.flatten(0, D - 1)).reshape(shape)
             })
         }
     }
-    model.map(&mut Replace(values.into_iter()))
+    model.map(&mut Update(0, new))
 }
 
 /// A copy of the model whose parameters are fresh leaves of an autodiff graph, sharing the values' storage.
@@ -113,7 +115,7 @@ pub fn sum_gradients(parts: Vec<Vec<Option<Tensor<1>>>>) -> Vec<Option<Tensor<1>
 
 /// The Euclidean norm over all gradients together; one read from the device.
 pub fn global_norm(gradients: &[Option<Tensor<1>>]) -> f64 {
-    let squares: Vec<Tensor<1>> = gradients.iter().flatten().map(|g| g.clone().square().sum()).collect();
+    let squares: Vec<Tensor<1>> = gradients.iter().flatten().map(|g| sum_of_squares(g.clone())).collect();
     if squares.is_empty() {
         return 0.0;
     }
@@ -158,9 +160,12 @@ mod tests {
 
     #[test]
     fn values_can_be_replaced() {
-        let model = two();
-        let twice = values(&model).into_iter().map(|v| v * 2.0).collect();
-        let model = with_values(model, twice);
+        let mut seen = Vec::new();
+        let model = update(two(), |i, value| {
+            seen.push((i, value.dims()[0]));
+            value * 2.0
+        });
+        assert_eq!(seen, [(0, 4), (1, 2), (2, 1)]);
         assert_eq!(model.a.val().dims(), [2, 2]);
         assert_eq!(host(model.b.val()), [20.0, 40.0]);
     }

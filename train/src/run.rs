@@ -163,7 +163,7 @@ pub fn latest(out: &Path) -> Result<Option<(PathBuf, RunState)>, RunError> {
 
 /// The weights of a checkpoint, f32.
 pub fn load_model(folder: &Path, device: &Device) -> Result<M1, RunError> {
-    let options = LoadOptions { dtype: Some(WeightDtype::F32), ..LoadOptions::default() };
+    let options = LoadOptions { dtype: Some(WeightDtype::F32), tensors: true, ..LoadOptions::default() };
     Ok(checkpoint::load(folder, device, &options)?)
 }
 

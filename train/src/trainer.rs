@@ -67,9 +67,12 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
+const PRESENT: &str = "the model is there between steps";
+
 /// A model in training.
 pub struct Trainer {
-    model: M1,
+    /// Absent only while a step changes it.
+    model: Option<M1>,
     device: Device,
     optimizer: Optimizer,
     pools: Vec<rayon::ThreadPool>,
@@ -95,7 +98,7 @@ impl Trainer {
         Ok(Self {
             device: model.device(),
             optimizer: Optimizer::new(settings, parameters::infos(&model)),
-            model,
+            model: Some(model),
             pools,
             micro_tokens,
             steps,
@@ -104,7 +107,7 @@ impl Trainer {
 
     /// The model as it stands.
     pub fn model(&self) -> &M1 {
-        &self.model
+        self.model.as_ref().expect(PRESENT)
     }
 
     /// The optimizer, to save its moments.
@@ -133,12 +136,13 @@ impl Trainer {
             return Err(TrainError::NothingToLearn { step, examples: examples.len() });
         }
 
+        let model = self.model();
         let parts = in_parallel(&self.pools, micros.len(), |i| {
             let share = micros[i].iter().map(|e| e.ids.len()).sum::<usize>() as f64 / tokens as f64;
-            micro_batch(&self.model, &micros[i], targets, share)
+            micro_batch(model, &micros[i], targets, share)
         });
         let (mut loss, mut aux_loss) = (0.0, 0.0);
-        let mut load = Load::new(&self.model);
+        let mut load = Load::new(self.model());
         let mut gradients = Vec::with_capacity(parts.len());
         for part in parts {
             loss += part.loss;
@@ -146,13 +150,17 @@ impl Trainer {
             load.add(&part.choices);
             gradients.push(part.gradients);
         }
-        let gradients = parameters::sum_gradients(gradients);
-        let values = parameters::values(&self.model);
-        let (values, grad_norm) = self.optimizer.step(lr, values, gradients, &self.pools);
+        let mut gradients = parameters::sum_gradients(gradients);
+        let grad_norm = parameters::global_norm(&gradients);
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::Diverged { step, loss, grad_norm });
         }
-        self.model = parameters::with_values(self.model.clone(), values);
+        let scale = self.optimizer.scale(grad_norm);
+        // Taken out, so that every parameter has one owner and is changed where it is.
+        let model = self.model.take().expect(PRESENT);
+        let optimizer = &mut self.optimizer;
+        self.model =
+            Some(parameters::update(model, |i, value| optimizer.update(i, lr, scale, value, gradients[i].take())));
         self.steps = step;
         let (expert_load_min, expert_load_max) = load.range();
         Ok(StepReport {
@@ -246,7 +254,7 @@ pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -
 }
 
 /// How many tokens of an example are to be learned (the first token is never predicted).
-fn targets(example: &Example) -> usize {
+pub fn targets(example: &Example) -> usize {
     example.loss.iter().skip(1).filter(|&&l| l).count()
 }
 

@@ -2,13 +2,21 @@
 
 use crate::assets::{Assets, LoadSettings};
 use crate::sampler::SamplingOptions;
-use m1_model::checkpoint::WeightDtype;
+use m1_model::checkpoint::{Bits, Quantization, WeightDtype};
 use m1_model::device::{DeviceChoice, OpenDevice};
 use std::path::PathBuf;
 
 /// Reads a number of a flag that takes no fractions and nothing below 0.
 pub fn whole<T: std::str::FromStr>(text: &str) -> Result<T, &'static str> {
     text.parse().map_err(|_| "a whole number from 0 on is wanted")
+}
+
+/// Weights that share a scale, unless said otherwise.
+pub const DEFAULT_BLOCK: usize = 32;
+
+/// Reads a number of weights that share a scale.
+pub fn block(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|block| [32, 64].contains(block)).ok_or("32 or 64 is wanted")
 }
 
 /// Which model, where.
@@ -20,9 +28,18 @@ pub struct ModelArgs {
     /// Where to run: auto (CUDA, then a GPU through wgpu, then the CPU), cuda[:N], wgpu[:N] or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Weights in memory: f32 or bf16 [default: f32 on the CPU, as stored elsewhere]
+    /// Weights in memory that are not quantized: f32 or bf16 [default: as stored]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<WeightDtype>,
+    /// Quantize the experts while loading, as `m1 quantize` would have written them: int8 or int4
+    #[arg(long, value_name = "FORMAT")]
+    pub quantize: Option<Bits>,
+    /// With --quantize: attention, embedding and head too
+    #[arg(long, requires = "quantize")]
+    pub quantize_all: bool,
+    /// With --quantize: weights that share a scale, 32 or 64 [default: 32]
+    #[arg(long, value_name = "N", requires = "quantize", value_parser = block)]
+    pub quantize_block: Option<usize>,
     /// Rotated dimensions of a head, for a `minimax` checkpoint whose config does not tell
     #[arg(long, value_name = "N")]
     pub rotary_dim: Option<usize>,
@@ -38,7 +55,10 @@ impl ModelArgs {
 
     /// How to load, with the context limited to `context` tokens.
     pub fn settings(&self, context: Option<usize>) -> LoadSettings {
-        LoadSettings { dtype: self.dtype, rotary_dim: self.rotary_dim, context }
+        let block = self.quantize_block.unwrap_or(DEFAULT_BLOCK);
+        // `block` has refused what this would.
+        let quantize = self.quantize.and_then(|bits| Quantization::new(bits, block, self.quantize_all).ok());
+        LoadSettings { dtype: self.dtype, quantize, rotary_dim: self.rotary_dim, context }
     }
 
     /// Loads model and tokenizer.

@@ -5,11 +5,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::bail;
-use m1_model::checkpoint::{Comparison, Directory, WeightDtype};
-use m1_model::config::AttentionKind;
+use m1_model::checkpoint::{Bits, Comparison, Directory, Quantization, WeightDtype};
+use m1_model::config::{AttentionKind, ModelConfig};
 use m1_model::device::DeviceChoice;
 use m1_model::flops;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Options of `m1 inspect`.
 #[derive(Debug, clap::Args)]
@@ -72,12 +72,56 @@ fn present(directory: &Directory) -> usize {
     directory.files().iter().filter(|file| file.exists()).count()
 }
 
+/// Memory that people have: devices of one kind, and gigabytes (10⁹ bytes, which leaves a little of it to the runtime).
+const MACHINES: [(&str, u64, u64); 9] = [
+    ("1 × 16 GB", 1, 16),
+    ("1 × 24 GB (RTX 4090)", 1, 24),
+    ("1 × 80 GB (H800, H100)", 1, 80),
+    ("1 × 141 GB (H200)", 1, 141),
+    ("4 × 80 GB", 4, 80),
+    ("8 × 80 GB", 8, 80),
+    ("8 × 96 GB (H20)", 8, 96),
+    ("8 × 141 GB", 8, 141),
+    ("16 × 80 GB", 16, 80),
+];
+
+/// Weights that share a scale in the sizes given here, as in `m1 quantize` without `--block`.
+const BLOCK: usize = super::common::DEFAULT_BLOCK;
+
+/// Every form that weights can be held in, with its bytes.
+fn forms(config: &ModelConfig) -> Vec<(&'static str, u64)> {
+    let mut forms = vec![
+        ("f32", integer(flops::weight_bytes(config, WeightDtype::F32))),
+        ("bf16", integer(flops::weight_bytes(config, WeightDtype::Bf16))),
+    ];
+    for (key, bits, all) in [
+        ("int8_experts", Bits::Int8, false),
+        ("int8_all", Bits::Int8, true),
+        ("int4_experts", Bits::Int4, false),
+        ("int4_all", Bits::Int4, true),
+    ] {
+        let quantization = Quantization::new(bits, BLOCK, all).ok().filter(|q| q.undivided(config).is_none());
+        if let Some(quantization) = quantization {
+            forms.push((key, integer(flops::quantized_bytes(config, WeightDtype::Bf16, &quantization))));
+        }
+    }
+    forms
+}
+
 fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: Option<u64>) -> Value {
     let config = directory.config();
     let context = args.context as usize;
     let cache = flops::cache_bytes(config, context, WeightDtype::F32);
     let kind = if directory.is_hugging_face() { m1_model::checkpoint::HF_MODEL_TYPE } else { &config.model_type };
     let both = |bytes: &dyn Fn(WeightDtype) -> u128| json!({ "f32": integer(bytes(WeightDtype::F32)), "bf16": integer(bytes(WeightDtype::Bf16)) });
+    let forms = forms(config);
+    let weights: Map<String, Value> = forms.iter().map(|(key, bytes)| (key.to_string(), json!(bytes))).collect();
+    let fits = MACHINES.map(|(name, devices, gigabytes)| {
+        let room = u128::from(devices * gigabytes) * 1_000_000_000;
+        let fitting = forms.iter().filter(|(_, bytes)| u128::from(*bytes) + cache <= room);
+        let fitting: Vec<_> = fitting.map(|(key, _)| *key).collect();
+        json!({ "name": name, "devices": devices, "bytes": integer(room), "weights": fitting })
+    });
     json!({
         "model": args.model.display().to_string(),
         "model_type": kind,
@@ -95,11 +139,8 @@ fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: O
             "unexpected": comparison.unexpected,
         },
         "files": { "listed": directory.files().len(), "present": present(directory) },
-        "weight_bytes": {
-            "stored": stored,
-            "f32": integer(flops::weight_bytes(config, WeightDtype::F32)),
-            "bf16": integer(flops::weight_bytes(config, WeightDtype::Bf16)),
-        },
+        "quantization": directory.quantization().map(|quantization| quantization.to_json()),
+        "weight_bytes": with(json!({ "stored": stored }), weights),
         "cache_bytes_per_sequence": integer(flops::state_bytes(config)),
         "cache_bytes_per_token": both(&|dtype| flops::kv_bytes_per_token(config, dtype)),
         "context": context,
@@ -109,7 +150,16 @@ fn report(args: &Args, directory: &Directory, comparison: &Comparison, stored: O
         "device_memory_bytes": both(&|dtype| {
             flops::weight_bytes(config, dtype) + cache
         }),
+        "fits": fits,
     })
+}
+
+/// An object with more keys.
+fn with(mut object: Value, more: Map<String, Value>) -> Value {
+    if let Some(keys) = object.as_object_mut() {
+        keys.extend(more);
+    }
+    object
 }
 
 /// JSON's integers are 64 bits wide; no valid configuration reaches their end at a context that `--context` takes.
@@ -141,8 +191,26 @@ fn table(report: &Value) -> String {
         line("tensors", format!("{} expected; no weights here", count("/tensors/expected")));
     }
     line("weights", format!("{} in bf16, {} in f32", size("/weight_bytes/bf16"), size("/weight_bytes/f32")));
+    for bits in ["int8", "int4"] {
+        if report["weight_bytes"][format!("{bits}_all")].is_u64() {
+            let (experts, all) =
+                (size(&format!("/weight_bytes/{bits}_experts")), size(&format!("/weight_bytes/{bits}_all")));
+            line(
+                "",
+                format!("{experts} with the experts in {bits}, {all} with every matrix ({BLOCK} weights a scale)"),
+            );
+        }
+    }
     if report["weight_bytes"]["stored"].is_u64() {
-        line("", format!("{} as stored", size("/weight_bytes/stored")));
+        let how = match Value::as_u64(&report["quantization"]["bits"]) {
+            Some(bits) => {
+                let modules = report["quantization"]["modules"].as_object().into_iter().flatten();
+                let modules: Vec<_> = modules.map(|(name, bits)| format!("{name} {bits}")).collect();
+                format!(", quantized: {bits} bits ({})", modules.join(", "))
+            }
+            None => String::new(),
+        };
+        line("", format!("{} as stored{how}", size("/weight_bytes/stored")));
     }
     let per_token = (count("/cache_bytes_per_token/bf16"), count("/cache_bytes_per_token/f32"));
     line("cache", format!("{} a sequence", size("/cache_bytes_per_sequence")));
@@ -152,6 +220,19 @@ fn table(report: &Value) -> String {
     let memory = (size("/device_memory_bytes/bf16"), size("/device_memory_bytes/f32"));
     let what = "weights and one sequence at that context";
     line("memory", format!("{} with weights in bf16, {} in f32: {what}", memory.0, memory.1));
+    // A machine that takes no more than a smaller one says nothing new.
+    let mut before = 0;
+    for machine in report["fits"].as_array().into_iter().flatten() {
+        let taken: Vec<_> = machine["weights"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        if taken.len() > before {
+            before = taken.len();
+            let taken = taken.join(", ").replace("_all", "").replace('_', " ");
+            line("fits", format!("{}: {taken}", machine["name"].as_str().unwrap_or_default()));
+        }
+    }
+    if before == 0 {
+        line("fits", "none of the machines known here".into());
+    }
     if report["tensors"]["listed"] == true {
         for (kind, names) in [("missing", missing), ("unexpected", unexpected)] {
             for name in names.iter().take(10).filter_map(Value::as_str) {
@@ -178,7 +259,8 @@ fn grouped(n: u64) -> String {
     text
 }
 
-fn bytes(n: u64) -> String {
+/// A size for people.
+pub(super) fn bytes(n: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
     let step = if n == 0 { 0 } else { (n.ilog2() / 10) as usize };
     match step {
@@ -221,6 +303,33 @@ mod tests {
         assert_eq!(report["cache_bytes_at_context"], 7 * 4 * 32 * 32 * 4 + 100 * 2 * 2 * 32 * 4);
         assert!(table(&report).contains("no weights here"));
         run(args).unwrap();
+    }
+
+    #[test]
+    fn the_released_model_and_the_machines_that_hold_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = include_str!("../../../model/tests/data/config.json");
+        std::fs::write(folder.path().join("config.json"), text).unwrap();
+        let args = args(folder.path());
+        let directory = Directory::open(&args.model, None).unwrap();
+        let report = report(&args, &directory, &directory.compare(), None);
+        let bytes = |key: &str| report["weight_bytes"][key].as_u64().unwrap();
+        assert_eq!(bytes("f32"), 4 * 456_089_655_296);
+        // 434,865,438,720 weights of experts; 8 bits and 16 for every 32 of them, against 16.
+        assert_eq!(bytes("bf16") - bytes("int8_experts"), 434_865_438_720 / 16 * 15);
+        assert_eq!(bytes("bf16") - bytes("int4_experts"), 434_865_438_720 / 16 * 23);
+        assert!(bytes("int8_all") < bytes("int8_experts") && bytes("int4_all") < bytes("int4_experts"));
+        let holds = |machine: &str| -> Vec<&str> {
+            let all = report["fits"].as_array().unwrap();
+            let one = all.iter().find(|m| m["name"] == machine).unwrap();
+            one["weights"].as_array().unwrap().iter().map(|w| w.as_str().unwrap()).collect()
+        };
+        assert!(holds("1 × 141 GB (H200)").is_empty());
+        assert_eq!(holds("4 × 80 GB"), ["int4_experts", "int4_all"]);
+        assert_eq!(holds("8 × 80 GB"), ["int8_experts", "int8_all", "int4_experts", "int4_all"]);
+        assert_eq!(holds("8 × 141 GB")[0], "bf16");
+        let table = table(&report);
+        assert!(table.contains("4 × 80 GB: int4 experts, int4\n"), "{table}");
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! `m1`: results on standard output, everything else on standard error, one line for every mistake of the user, exit
 //! status 0 only on success (2 for a wrong command line, 130 after Ctrl-C). A reader that goes away is no error.
 
+pub mod bench;
 pub mod chat;
 pub mod common;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
+pub mod quantize;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -14,7 +16,7 @@ use std::process::ExitCode;
 #[command(
     name = "m1",
     version,
-    about = "MiniMax-M1 in Rust: talk to it, complete text, look at its numbers",
+    about = "MiniMax-M1 in Rust: talk to it, complete text, look at its numbers, make it smaller",
     after_help = "Examples:\n  m1 chat --model examples/m1-nano\n  m1 generate --model DIR --prompt 'Once upon a time' -n 64\n  m1 inspect --model DIR\n\n`m1 COMMAND --help` tells more."
 )]
 struct Cli {
@@ -30,12 +32,17 @@ enum Command {
     Generate(generate::Args),
     /// Write the logits of given token ids to a safetensors file
     Logits(logits::Args),
+    /// Write a checkpoint whose experts, or all matrices, are in blocks of 8 or 4 bits
+    Quantize(quantize::Args),
+    /// Measure tokens a second, reading and writing
+    Bench(bench::Args),
     /// Say what a checkpoint holds and needs
     Inspect(inspect::Args),
 }
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    m1_kernels::base::memory::keep_freed();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,
@@ -44,6 +51,8 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Quantize(args) => quantize::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
     })
 }

@@ -31,7 +31,7 @@ fn write_checkpoint(dir: &Path) {
     let config = ModelConfig {
         vocab_size: VOCAB,
         hidden_size: 32,
-        intermediate_size: 48,
+        intermediate_size: 64,
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 8,

@@ -1,48 +1,138 @@
 //! Mixture of experts: `y = Σ_e share_e · w2_e(silu(w1_e·x) · (w3_e·x))` over the chosen experts of each token.
 //!
-//! The cost grows with tokens × chosen experts, not with the number of experts: tokens are gathered per expert, and an
-//! expert nobody chose is not touched.
+//! The cost grows with tokens × chosen experts, not with the number of experts: tokens are grouped by expert, and the
+//! weights of an expert that nobody chose are not touched.
 
+mod backward;
+mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+pub mod cube;
+mod groups;
 pub mod reference;
 
+use std::sync::Arc;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Int, Tensor, TensorData, activation::softmax};
 
+use crate::base::{device, device::on_cube, on_cpu, packed::Packed};
 use crate::cast;
+use crate::linear::Weight;
 
-/// One expert's matrices, borrowed from the layer.
+/// A layer's experts, stacked.
 #[derive(Debug, Clone)]
-pub struct ExpertWeights {
-    /// Gate projection `[ffn, hidden]`.
-    pub w1: Tensor<2>,
-    /// Down projection `[hidden, ffn]`.
-    pub w2: Tensor<2>,
-    /// Up projection `[ffn, hidden]`.
-    pub w3: Tensor<2>,
+pub struct ExpertsWeights {
+    /// Gate projections `[experts, ffn, hidden]`.
+    pub w1: Weight<3>,
+    /// Down projections `[experts, hidden, ffn]`.
+    pub w2: Weight<3>,
+    /// Up projections `[experts, ffn, hidden]`.
+    pub w3: Weight<3>,
 }
 
 /// Which experts each token goes to, and how much of each.
 #[derive(Debug, Clone)]
 pub struct Routing {
     /// Expert of slot `token · k + rank`, best first.
-    pub choices: Vec<u32>,
+    pub choices: Arc<[u32]>,
     /// `[tokens, k]`, f32: the chosen probabilities divided by their sum.
     pub shares: Tensor<2>,
+}
+
+/// The fast paths. Every method takes `x [tokens, hidden]`, `shares [tokens, k]` and `choices[token · k + rank]`, which
+/// [`experts`] has checked.
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
+pub trait ExpertsBackend: Backend {
+    /// `y [tokens, hidden]` from stacked tensors `w1`, `w3 [experts, ffn, hidden]` and `w2 [experts, hidden, ffn]`.
+    fn experts(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: FloatTensor<Self>,
+        w2: FloatTensor<Self>,
+        w3: FloatTensor<Self>,
+        choices: Arc<[u32]>,
+    ) -> FloatTensor<Self>;
+
+    /// As [`ExpertsBackend::experts`], with two tensors that [`ExpertsBackend::experts_backward_from`] wants to be kept until
+    /// then: its own business, and x again where computing anew is as well.
+    fn experts_saving(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: FloatTensor<Self>,
+        w2: FloatTensor<Self>,
+        w3: FloatTensor<Self>,
+        choices: Arc<[u32]>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        (Self::experts(x.clone(), shares, w1, w2, w3, choices), x.clone(), x)
+    }
+
+    /// As [`ExpertsBackend::experts_backward`], with the tensors of [`ExpertsBackend::experts_saving`].
+    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
+    fn experts_backward_from(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: FloatTensor<Self>,
+        w2: FloatTensor<Self>,
+        w3: FloatTensor<Self>,
+        d_y: FloatTensor<Self>,
+        saved: FloatTensor<Self>,
+        also_saved: FloatTensor<Self>,
+        choices: Arc<[u32]>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        drop((saved, also_saved));
+        Self::experts_backward(x, shares, w1, w2, w3, d_y, choices)
+    }
+
+    /// The gradients of `(x, shares, w1, w2, w3)` from that of `y`; zero for an expert that nobody chose.
+    #[allow(clippy::type_complexity)]
+    fn experts_backward(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: FloatTensor<Self>,
+        w2: FloatTensor<Self>,
+        w3: FloatTensor<Self>,
+        d_y: FloatTensor<Self>,
+        choices: Arc<[u32]>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// As [`ExpertsBackend::experts`] from packed weights, which are constants. On the CPU alone.
+    fn experts_packed(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: Packed,
+        w2: Packed,
+        w3: Packed,
+        choices: Arc<[u32]>,
+    ) -> FloatTensor<Self>;
 }
 
 /// Chooses the `k` most probable experts of each token (ties: the lower number), or takes `replay`'s choices.
 ///
 /// `logits [tokens, experts]`, f32. The gradient flows through the shares, not through the choice.
+///
+/// # Panics
+/// If `k` is more than there are experts, or `replay` has another length than `tokens · k` or names an expert that is
+/// not there.
 pub fn route(logits: Tensor<2>, k: usize, replay: Option<&[u32]>) -> Routing {
     let [tokens, experts] = logits.dims();
+    assert!(k <= experts, "{k} experts a token were asked for, and there are {experts}");
     let probabilities = softmax(cast(logits, DType::F32), 1);
-    let choices = match replay {
-        Some(choices) => choices.to_vec(),
+    let choices: Arc<[u32]> = match replay {
+        Some(choices) => {
+            assert_eq!(choices.len(), tokens * k, "routing needs {k} experts for each of {tokens} tokens");
+            choices.into()
+        }
         None => {
             let host: Vec<f32> = probabilities.clone().try_into_vec_as().expect("f32 probabilities read back");
-            host.chunks(experts).flat_map(|row| top(row, k)).collect()
+            choose(&host, experts, k)
         }
     };
-    assert_eq!(choices.len(), tokens * k, "routing needs {k} experts for each of {tokens} tokens");
+    check(&choices, k, experts);
+    if tokens * k == 0 {
+        return Routing { choices, shares: Tensor::zeros([tokens, k], &probabilities.device()) };
+    }
     let indices: Vec<i32> = choices.iter().map(|&e| e as i32).collect();
     let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &probabilities.device());
     let chosen = probabilities.gather(1, indices);
@@ -50,30 +140,102 @@ pub fn route(logits: Tensor<2>, k: usize, replay: Option<&[u32]>) -> Routing {
     Routing { choices, shares }
 }
 
-/// The `k` largest, best first; the earlier of equals. NaN counts as smallest, so a broken row still has k experts.
-fn top(row: &[f32], k: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..row.len() as u32).collect();
-    let key = |e: &u32| {
-        let p = row[*e as usize];
-        if p.is_nan() { f32::NEG_INFINITY } else { p }
-    };
-    order.sort_by(|a, b| key(b).total_cmp(&key(a)));
-    order.truncate(k);
-    order
+/// The `k` largest of each row of `probabilities [tokens, experts]`, best first; the earlier of equals. NaN counts as
+/// smallest, so a broken row still has k experts.
+fn choose(probabilities: &[f32], experts: usize, k: usize) -> Arc<[u32]> {
+    let key = |p: f32| if p.is_nan() { f32::NEG_INFINITY } else { p };
+    let mut choices = Vec::with_capacity(probabilities.len() / experts.max(1) * k);
+    for row in probabilities.chunks_exact(experts.max(1)) {
+        let start = choices.len();
+        for (e, &p) in row.iter().enumerate() {
+            let best = &choices[start..];
+            let place = best.iter().rposition(|&b: &u32| key(row[b as usize]) >= key(p)).map_or(0, |i| i + 1);
+            if place < k {
+                if best.len() == k {
+                    choices.pop();
+                }
+                choices.insert(start + place, e as u32);
+            }
+        }
+    }
+    choices.into()
 }
 
-/// Runs `x [tokens, hidden]` through the experts of `routing`; the result has the dtype of the weights.
-pub fn experts(x: Tensor<2>, routing: &Routing, weights: &[ExpertWeights]) -> Tensor<2> {
-    reference::experts(x, routing, weights)
+/// # Panics
+/// If a choice is not below `experts`.
+fn check(choices: &[u32], k: usize, experts: usize) {
+    if let Some(slot) = choices.iter().position(|&e| e as usize >= experts) {
+        let (token, rank) = (slot / k, slot % k);
+        panic!("the routing sends token {token} (rank {rank}) to expert {}, and there are {experts}", choices[slot]);
+    }
+}
+
+/// Runs `x [tokens, hidden]` through the experts of `routing`; the result has the dtype of the weights, f32 for packed
+/// ones.
+///
+/// On the CPU a token's result depends neither on the other tokens nor on the number of threads, to the bit.
+///
+/// # Panics
+/// If the shapes do not agree or the routing names an expert that is not there.
+pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Tensor<2> {
+    let [tokens, hidden] = x.dims();
+    let [count, ffn, _] = weights.w1.dims();
+    let [rows, k] = routing.shares.dims();
+    assert_eq!(weights.w1.dims(), [count, ffn, hidden], "w1 is [experts, ffn, hidden]");
+    assert_eq!(weights.w2.dims(), [count, hidden, ffn], "w2 is [experts, hidden, ffn]");
+    assert_eq!(weights.w3.dims(), [count, ffn, hidden], "w3 is [experts, ffn, hidden]");
+    assert_eq!((rows, routing.choices.len()), (tokens, tokens * k), "the routing is of other tokens");
+    check(&routing.choices, k, count);
+    if !slots_fit(tokens, k) {
+        panic!("{tokens} tokens × {k} experts are more slots than an index of 32 bits has");
+    }
+    let f32_tensor = |w: &Weight<3>| matches!(w, Weight::Tensor(w) if w.dtype() == DType::F32);
+    match (&weights.w1, &weights.w2, &weights.w3) {
+        (Weight::Packed(w1), Weight::Packed(w2), Weight::Packed(w3))
+            if on_cpu(&x) && !(x.is_tracked() || routing.shares.is_tracked()) =>
+        {
+            Tensor::from_dispatch(<Dispatch as ExpertsBackend>::experts_packed(
+                cast(x, DType::F32).into_dispatch(),
+                cast(routing.shares.clone(), DType::F32).into_dispatch(),
+                w1.clone(),
+                w2.clone(),
+                w3.clone(),
+                routing.choices.clone(),
+            ))
+        }
+        (Weight::Tensor(w1), Weight::Tensor(w2), Weight::Tensor(w3))
+            if on_cpu(&x) && [&weights.w1, &weights.w2, &weights.w3].into_iter().all(f32_tensor) =>
+        {
+            Tensor::from_dispatch(<Dispatch as ExpertsBackend>::experts(
+                cast(x, DType::F32).into_dispatch(),
+                cast(routing.shares.clone(), DType::F32).into_dispatch(),
+                w1.clone().into_dispatch(),
+                w2.clone().into_dispatch(),
+                w3.clone().into_dispatch(),
+                routing.choices.clone(),
+            ))
+        }
+        (Weight::Tensor(w1), Weight::Tensor(w2), Weight::Tensor(w3))
+            if [w1, w2, w3].into_iter().all(|w| on_cube(w) && w.dtype() == w1.dtype())
+                && device::indexable(&[tokens, k, hidden.max(2 * ffn)]) =>
+        {
+            Tensor::from_dispatch(<Dispatch as ExpertsBackend>::experts(
+                cast(x, w1.dtype()).into_dispatch(),
+                cast(routing.shares.clone(), DType::F32).into_dispatch(),
+                w1.clone().into_dispatch(),
+                w2.clone().into_dispatch(),
+                w3.clone().into_dispatch(),
+                routing.choices.clone(),
+            ))
+        }
+        _ => reference::experts(x, routing, weights),
+    }
+}
+
+/// Whether `tokens × k` slots can be numbered by the reference's and the devices' i32 indices.
+fn slots_fit(tokens: usize, k: usize) -> bool {
+    tokens.checked_mul(k).is_some_and(|slots| slots <= i32::MAX as usize)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::top;
-
-    #[test]
-    fn best_first_and_the_lower_number_wins_a_tie() {
-        assert_eq!(top(&[0.1, 0.4, 0.1, 0.4], 3), [1, 3, 0]);
-        assert_eq!(top(&[f32::NAN, 0.0, 1.0], 3), [2, 1, 0]);
-    }
-}
+mod tests;

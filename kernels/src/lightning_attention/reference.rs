@@ -1,27 +1,39 @@
 //! The definition, as plain tensor operations on blocks.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData, activation};
 
 use super::BLOCK;
+use crate::cast;
 
 /// See [`super::lightning_attention`].
+#[allow(clippy::too_many_arguments)]
 pub fn lightning_attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
     slopes: &[f64],
     mut state: Option<Tensor<4>>,
+    starts: Option<&[usize]>,
     lengths: Option<&[usize]>,
     want_state: bool,
 ) -> (Tensor<4>, Option<Tensor<4>>) {
     let [rows, heads, tokens, _] = q.dims();
     let device = q.device();
-    let mut outputs = Vec::with_capacity(tokens.div_ceil(BLOCK));
+    if rows == 0 || tokens == 0 {
+        let [_, _, _, dim] = v.dims();
+        let state = want_state.then(|| state.unwrap_or_else(|| Tensor::zeros([rows, heads, dim, dim], &device)));
+        return (v, state);
+    }
+    let mut outputs = Vec::with_capacity(tokens.div_ceil(BLOCK) + 1);
     // One table serves every whole block of the call.
     let full = (tokens >= BLOCK).then(|| within_block(slopes, BLOCK, &device));
-    for start in (0..tokens).step_by(BLOCK) {
-        let m = BLOCK.min(tokens - start);
-        let last = start + m == tokens;
+    // Where rows disagree about the boundaries, those of the first row serve all: the sum is the same.
+    let first_end = BLOCK - starts.and_then(|starts| starts.first()).map_or(0, |start| start % BLOCK);
+    let mut start = 0;
+    while start < tokens {
+        let end = if start == 0 { first_end } else { start + BLOCK }.min(tokens);
+        let m = end - start;
+        let last = end == tokens;
         let (q, k, v) = if m == tokens {
             (q.clone(), k.clone(), v.clone())
         } else {
@@ -58,11 +70,32 @@ pub fn lightning_attention(
                 Some(state) => state * whole + update,
             });
         }
+        start = end;
     }
     debug_assert_eq!(slopes.len(), heads);
     debug_assert!(lengths.is_none_or(|lengths| lengths.len() == rows));
     let o = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 2) };
     (o, state.filter(|_| want_state))
+}
+
+/// See [`super::decode`].
+pub fn decode(
+    qkv: Tensor<2>,
+    gate: Tensor<2>,
+    state: Tensor<4>,
+    slopes: &[f64],
+    norm: Tensor<1>,
+    eps: f64,
+) -> (Tensor<2>, Tensor<4>) {
+    let [rows, heads, dim, _] = state.dims();
+    let dtype = qkv.dtype();
+    let qkv = cast(activation::silu(qkv), DType::F32).reshape([rows, heads, 3, dim]);
+    let part = |i: usize| qkv.clone().narrow(2, i, 1);
+    let (o, state) = lightning_attention(part(0), part(1), part(2), slopes, Some(state), None, None, true);
+    let o = o.reshape([rows, heads * dim]);
+    let scale = o.clone().square().mean_dim(1).add_scalar(eps).sqrt().recip();
+    let o = o * scale * cast(norm, DType::F32).unsqueeze();
+    (cast(o, dtype) * cast(activation::sigmoid(gate), dtype), state.unwrap_or_else(|| unreachable!("asked for")))
 }
 
 /// `exp(-s(i-j))` for j ≤ i, else 0: `[1, heads, m, m]`.
@@ -156,6 +189,7 @@ mod tests {
                 v.clone(),
                 &slopes,
                 Some(initial.clone()),
+                Some(&[3, 3]),
                 Some(&lengths),
                 true,
             );

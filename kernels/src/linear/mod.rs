@@ -1,17 +1,88 @@
 //! `y = x · Wᵀ`, the weight in the checkpoint's own `[out, in]` layout.
+//!
+//! On the CPU a weight is multiplied as it is stored: packed weights at their stored size, f32 and bf16 tensors block by block
+//! (never widened whole). Each output is one chain of multiply-adds along `in`: a row's bits depend neither on the rows
+//! beside it nor on the number of threads, and a weight packed in f32 gives the bits of its tensor.
 
+mod backward;
+mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+pub mod cube;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod quantized;
 pub mod reference;
+#[cfg(test)]
+mod tests;
+pub mod weight;
 
+pub use weight::Weight;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Tensor};
 
+use crate::base::{
+    device::{MAX_ELEMENTS, on_cube},
+    on_cpu,
+    packed::Packed,
+};
 use crate::cast;
 
-/// `x [n, in] · weight [out, in]ᵀ -> [n, out]`, in the dtype of the weight: `x` is cast to it first.
-pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    reference::linear(cast(x, weight.dtype()), weight)
+/// The fast paths; `x [n, in]`, `w [out, in]`, any strides.
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
+pub trait LinearBackend: Backend {
+    /// `x · wᵀ [n, out]`. Both f32, or both bf16 (summed in f32), the result alike; or `x` f32 and `w` bf16, whose product is
+    /// taken and kept in f32.
+    fn linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// Gradients `(dx [n, in], dw [out, in])` of [`LinearBackend::linear`], in the dtypes of `x` and `w`.
+    fn linear_backward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        d_y: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `x · wᵀ [n, out]` in f32 for a packed weight, a constant. `x` is f32; it is rounded as the format asks, unless `exact`.
+    fn linear_packed(x: FloatTensor<Self>, w: Packed, exact: bool) -> FloatTensor<Self>;
+
+    /// Gradient `dx [n, in]` of [`LinearBackend::linear_packed`].
+    fn linear_packed_backward(w: Packed, d_y: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// `x [n, in] · weight [out, in]ᵀ -> [n, out]`: for a tensor in its dtype (`x` is cast to it first); for a packed weight with `x`
+/// rounded as the format asks, and an f32 result.
+pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
+    match weight {
+        Weight::Tensor(weight) => product(cast(x, weight.dtype()), weight.clone()),
+        Weight::Packed(weight) => packed(x, weight, false),
+    }
 }
 
 /// As [`linear`], but the product is taken in f32 whatever the weight is stored in: router and head (SPEC §2).
-pub fn linear_f32(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    reference::linear(cast(x, DType::F32), cast(weight, DType::F32))
+pub fn linear_f32(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
+    let x = cast(x, DType::F32);
+    match weight {
+        Weight::Tensor(weight) => product(x, weight.clone()),
+        Weight::Packed(weight) => packed(x, weight, true),
+    }
+}
+
+fn product(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
+    let known = matches!((x.dtype(), w.dtype()), (DType::F32, DType::F32 | DType::BF16) | (DType::BF16, DType::BF16));
+    let on_device = on_cube(&w) && on_cube(&x) && x.dims()[0].saturating_mul(w.dims()[0]) <= MAX_ELEMENTS;
+    if known && on_cpu(&x) || on_device {
+        Tensor::from_dispatch(<Dispatch as LinearBackend>::linear(x.into_dispatch(), w.into_dispatch()))
+    } else {
+        let w = cast(w, x.dtype());
+        reference::linear(x, w)
+    }
+}
+
+/// # Panics
+/// If `x` is not on the CPU: packed weights are its own.
+fn packed(x: Tensor<2>, w: &Packed, exact: bool) -> Tensor<2> {
+    assert!(on_cpu(&x), "packed weights are for the CPU");
+    let x = cast(x, DType::F32).into_dispatch();
+    Tensor::from_dispatch(<Dispatch as LinearBackend>::linear_packed(x, w.clone(), exact))
 }

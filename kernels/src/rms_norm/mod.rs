@@ -1,12 +1,107 @@
-//! Root-mean-square normalisation over the last dimension, always computed in f32.
+//! Root-mean-square normalisation over the last dimension, always computed in f32, and the two compounds that a layer
+//! needs: with the residual sum before it, and with the sigmoid gate behind it.
 
+mod backward;
+mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+pub mod cube;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
-use burn::tensor::Tensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::{DType, Tensor};
+
+use crate::base::{self, device::on_cube};
+
+/// The fast paths. `w` is `[dim]` in f32; the other tensors are f32 on the CPU and of any float dtype on a device, alike but
+/// for `o`, whose dtype may be another than that of `gate`.
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
+pub trait RmsNormBackend: Backend {
+    /// `x [n, dim] · rsqrt(mean(x²) + eps) · w`.
+    fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+
+    /// Gradients `(dx [n, dim], dw [dim])` of [`RmsNormBackend::rms_norm`].
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        d_y: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `sum = residual · alpha + branch · beta` and `rms_norm(sum, w, eps)`, all `[n, dim]`, in one pass.
+    fn add_rms_norm(
+        residual: FloatTensor<Self>,
+        branch: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        alpha: f64,
+        beta: f64,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `rms_norm(o, w, eps) · sigmoid(gate)`: `gate [n, dim]`; `o` has any rank and strides, its elements in row-major
+    /// order are `[n, dim]`. The result is `[n, dim]`.
+    fn gated_rms_norm(
+        o: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self>;
+
+    /// Gradients `(d_o in o's shape, d_gate [n, dim], dw [dim])` of [`RmsNormBackend::gated_rms_norm`].
+    fn gated_rms_norm_backward(
+        o: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        d_y: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
 
 /// `x · rsqrt(mean(x²) + eps) · weight` over the last dimension.
 ///
 /// `x [n, dim]` in any float dtype, `weight [dim]` in f32; the result has the dtype of `x`, rounded once at the end.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
-    reference::rms_norm(x, weight, eps)
+    if !fast(&x, &weight) {
+        return reference::rms_norm(x, weight, eps);
+    }
+    Tensor::from_dispatch(<Dispatch as RmsNormBackend>::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+}
+
+/// The residual sum and its norm: `sum = residual · alpha + branch · beta`, `normed = rms_norm(sum, weight, eps)`.
+///
+/// `residual`, `branch` and both results `[n, dim]` of one float dtype (SPEC §2: `alpha` and `beta` of the layer's kind).
+pub fn add_rms_norm(
+    residual: Tensor<2>,
+    branch: Tensor<2>,
+    weight: Tensor<1>,
+    alpha: f64,
+    beta: f64,
+    eps: f64,
+) -> (Tensor<2>, Tensor<2>) {
+    if !fast(&residual, &weight) || branch.dtype() != residual.dtype() {
+        return reference::add_rms_norm(residual, branch, weight, alpha, beta, eps);
+    }
+    let (residual, branch, weight) = (residual.into_dispatch(), branch.into_dispatch(), weight.into_dispatch());
+    let (sum, normed) = <Dispatch as RmsNormBackend>::add_rms_norm(residual, branch, weight, alpha, beta, eps);
+    (Tensor::from_dispatch(sum), Tensor::from_dispatch(normed))
+}
+
+/// The end of lightning attention: `rms_norm(o, weight, eps) · sigmoid(gate)`, one norm over all heads of a token.
+///
+/// `gate [n, dim]`; `o` of any rank and any strides, its elements in row-major order `[n, dim]` (so the view
+/// `[rows, tokens, heads, head_dim]` of attention's output needs no copy). Result `[n, dim]` in the dtype of `gate`.
+pub fn gated_rms_norm<const D: usize>(o: Tensor<D>, gate: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    if !fast(&gate, &weight) || base::on_cpu(&gate) && o.dtype() != DType::F32 {
+        return reference::gated_rms_norm(o, gate, weight, eps);
+    }
+    let (o, gate, weight) = (o.into_dispatch(), gate.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(<Dispatch as RmsNormBackend>::gated_rms_norm(o, gate, weight, eps))
+}
+
+/// Whether the extension trait serves these tensors.
+fn fast(x: &Tensor<2>, weight: &Tensor<1>) -> bool {
+    weight.dtype() == DType::F32 && (base::on_cpu(x) && x.dtype() == DType::F32 || on_cube(x))
 }

@@ -1,6 +1,6 @@
 //! The definition, as plain tensor operations.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, activation::sigmoid};
 
 use crate::cast;
 
@@ -10,6 +10,25 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
     let x = cast(x, DType::F32);
     let scale = x.clone().square().mean_dim(1).add_scalar(eps).sqrt().recip();
     cast(x.mul(scale).mul(cast(weight, DType::F32).unsqueeze()), dtype)
+}
+
+/// See [`super::add_rms_norm`].
+pub fn add_rms_norm(
+    residual: Tensor<2>,
+    branch: Tensor<2>,
+    weight: Tensor<1>,
+    alpha: f64,
+    beta: f64,
+    eps: f64,
+) -> (Tensor<2>, Tensor<2>) {
+    let sum = residual.mul_scalar(alpha) + branch.mul_scalar(beta);
+    (sum.clone(), rms_norm(sum, weight, eps))
+}
+
+/// See [`super::gated_rms_norm`].
+pub fn gated_rms_norm<const D: usize>(o: Tensor<D>, gate: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    let normed = rms_norm(o.reshape(gate.dims()), weight, eps);
+    cast(normed, gate.dtype()) * sigmoid(gate)
 }
 
 #[cfg(test)]

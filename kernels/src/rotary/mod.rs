@@ -1,9 +1,29 @@
 //! Rotary position embedding of the first `rotary_dim` of each head, half-split: dimension `i` turns with
 //! `i + rotary_dim / 2`. The remaining dimensions pass unchanged (SPEC §2).
 
+mod backward;
+mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+pub mod cube;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+use crate::base::{self, device::on_cube};
+use crate::cast;
+
+/// The fast path, f32.
+#[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
+pub trait RotaryBackend: Backend {
+    /// Rotates `x [tokens, heads, head_dim]` by `cos`, `sin` `[tokens, 1, rotary_dim / 2]`, in place when `x` is the only
+    /// owner of its memory. The gradient is the same rotation with `-sin`; `cos` and `sin` are constants.
+    fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>) -> FloatTensor<Self>;
+}
 
 /// Cosines and sines of the positions at hand, shared by all layers of one forward pass.
 #[derive(Debug, Clone)]
@@ -41,5 +61,10 @@ impl Rotation {
 
 /// Rotates `x [tokens, heads, head_dim]` by `rotation` of the same tokens; computed in f32, returned in f32.
 pub fn rotary(x: Tensor<3>, rotation: &Rotation) -> Tensor<3> {
-    reference::rotary(x, rotation)
+    if !(base::on_cpu(&x) || on_cube(&x)) {
+        return reference::rotary(x, rotation);
+    }
+    let x = if base::on_cpu(&x) { cast(x, DType::F32) } else { x };
+    let (cos, sin) = (rotation.cos.clone().into_dispatch(), rotation.sin.clone().into_dispatch());
+    Tensor::from_dispatch(<Dispatch as RotaryBackend>::rotary(x.into_dispatch(), cos, sin))
 }

@@ -1,6 +1,7 @@
 //! One safetensors file, mapped: its header is checked when it is opened, its data is read only when asked for.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, Mmap};
@@ -46,17 +47,23 @@ impl Container {
         self.metadata.info(name)
     }
 
-    /// Some bytes of the data section, for a moment: `range` (from a tensor's `data_offsets`) is fetched ahead, handed
-    /// to `read`, and its pages are let go again, so that mapped pages never add up to the whole file.
-    pub fn with_bytes<T>(&self, range: std::ops::Range<usize>, read: impl FnOnce(&[u8]) -> T) -> T {
-        let (start, len) = (self.data_start + range.start, range.len());
+    /// Some bytes of the data section: `range` is counted from its start, as a tensor's `data_offsets`.
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
+        &self.map[self.data_start + range.start..self.data_start + range.end]
+    }
+
+    /// Says that these bytes will all be read soon.
+    pub(crate) fn fetch(&self, range: Range<usize>) {
         #[cfg(unix)]
-        let _ = self.map.advise_range(Advice::WillNeed, start, len);
-        let result = read(&self.map[start..start + len]);
+        let _ = self.map.advise_range(Advice::WillNeed, self.data_start + range.start, range.len());
+    }
+
+    /// Lets the pages of these bytes go: they no longer count as this process's memory.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        let (start, len) = (self.data_start + range.start, range.len());
         // SAFETY: the map is a read-only view of a file; pages dropped here are read again if anyone looks.
         #[cfg(unix)]
         let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
-        result
     }
 }
 
@@ -153,7 +160,7 @@ mod tests {
             let (start, end) = info.data_offsets;
             let bits = info.shape.iter().product::<usize>() * info.dtype.bitsize();
             assert_eq!(8 * (end - start), bits, "{name}");
-            covered += container.with_bytes(start..end, <[u8]>::len);
+            covered += container.bytes(start..end).len();
         }
         Ok(covered)
     }
@@ -165,8 +172,9 @@ mod tests {
         let container = Container::open(&folder.path().join("x.safetensors")).unwrap();
         let (start, end) = container.info("model.norm.weight").unwrap().data_offsets;
         for _ in 0..2 {
-            let bytes = container.with_bytes(start..end, <[u8]>::to_vec);
-            assert_eq!(bytes, (0..32).collect::<Vec<u8>>());
+            container.fetch(start..end);
+            assert_eq!(container.bytes(start..end), (0..32).collect::<Vec<u8>>());
+            container.release(start..end);
         }
     }
 

@@ -1,11 +1,10 @@
-//! Numbers between files and memory: little-endian f32, bf16 and f16, a piece per thread.
+//! Numbers between files and memory: little-endian f32, bf16 and f16.
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-/// What weights are stored in.
+/// What numbers are stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stored {
+pub enum Number {
     /// 4 bytes.
     F32,
     /// 2 bytes.
@@ -14,7 +13,7 @@ pub enum Stored {
     F16,
 }
 
-impl Stored {
+impl Number {
     /// Bytes of one number.
     pub fn size(self) -> usize {
         match self {
@@ -24,36 +23,33 @@ impl Stored {
     }
 }
 
-/// Numbers that one thread converts at a time: large enough to be worth handing out, small enough to share evenly.
-const PIECE: usize = 1 << 18;
-
-/// To f32, exactly. Bytes need no alignment.
-pub fn to_f32(bytes: &[u8], from: Stored) -> Vec<f32> {
+/// To f32, exactly. Bytes need no alignment; there are as many numbers as `out` has.
+pub fn widen(bytes: &[u8], from: Number, out: &mut [f32]) {
     match from {
-        Stored::F32 => map(bytes, f32::from_le_bytes),
-        Stored::Bf16 => map(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-        Stored::F16 => map(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Number::F32 => map(bytes, out, f32::from_le_bytes),
+        Number::Bf16 => map(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+        Number::F16 => map(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
     }
 }
 
 /// To the bits of bf16, rounded to nearest even.
-pub fn to_bf16_bits(bytes: &[u8], from: Stored) -> Vec<u16> {
-    match from {
-        Stored::F32 => map(bytes, |b| bf16::from_f32(f32::from_le_bytes(b)).to_bits()),
-        Stored::Bf16 => map(bytes, u16::from_le_bytes),
-        Stored::F16 => map(bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32()).to_bits()),
+pub fn narrow(x: &[f32], out: &mut [u16]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = bf16::from_f32(*x).to_bits();
     }
 }
 
-fn map<const N: usize, T: Copy + Default + Send>(bytes: &[u8], convert: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
-    let (numbers, _) = bytes.as_chunks::<N>();
-    let mut out = vec![T::default(); numbers.len()];
-    out.par_chunks_mut(PIECE).zip(numbers.par_chunks(PIECE)).for_each(|(out, numbers)| {
-        for (out, number) in out.iter_mut().zip(numbers) {
-            *out = convert(*number);
-        }
-    });
-    out
+/// The bits of 2-byte numbers.
+pub fn bits(bytes: &[u8], out: &mut [u16]) {
+    map(bytes, out, u16::from_le_bytes);
+}
+
+fn map<const N: usize, T>(bytes: &[u8], out: &mut [T], convert: impl Fn([u8; N]) -> T) {
+    let (numbers, rest) = bytes.as_chunks::<N>();
+    assert!(rest.is_empty() && numbers.len() == out.len(), "{} bytes for {} numbers", bytes.len(), out.len());
+    for (out, number) in out.iter_mut().zip(numbers) {
+        *out = convert(*number);
+    }
 }
 
 #[cfg(test)]
@@ -62,14 +58,19 @@ mod tests {
 
     #[test]
     fn every_bf16_and_f16_survives_f32() {
-        let bits: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-        let wide: Vec<u8> = to_f32(&bits, Stored::Bf16).iter().flat_map(|x| x.to_le_bytes()).collect();
-        for (bits, back) in (0..=u16::MAX).zip(to_bf16_bits(&wide, Stored::F32)) {
+        let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        let (mut wide, mut back) = (vec![0f32; 1 << 16], vec![0u16; 1 << 16]);
+        widen(&bytes, Number::Bf16, &mut wide);
+        narrow(&wide, &mut back);
+        for (bits, back) in (0..=u16::MAX).zip(back) {
             let nan = bf16::from_bits(bits).is_nan();
             assert!(bits == back || nan && bf16::from_bits(back).is_nan(), "{bits:04x} became {back:04x}");
         }
-        let half = to_f32(&bits, Stored::F16);
-        assert_eq!((half[0x3c00], half[0xc000], half[1]), (1.0, -2.0, 2f32.powi(-24)));
+        widen(&bytes, Number::F16, &mut wide);
+        assert_eq!((wide[0x3c00], wide[0xc000], wide[1]), (1.0, -2.0, 2f32.powi(-24)));
+        let mut plain = vec![0u16; 1 << 16];
+        bits(&bytes, &mut plain);
+        assert!((0..=u16::MAX).eq(plain));
     }
 
     #[test]
@@ -82,8 +83,9 @@ mod tests {
             (-1.0 - 1.5 * ulp, -1.0 - 2.0 * ulp),
             (f32::MAX, f32::INFINITY),
         ] {
-            let bits = to_bf16_bits(&x.to_le_bytes(), Stored::F32)[0];
-            assert_eq!(bf16::from_bits(bits).to_f32(), expected, "{x}");
+            let mut bits = [0];
+            narrow(&[x], &mut bits);
+            assert_eq!(bf16::from_bits(bits[0]).to_f32(), expected, "{x}");
         }
     }
 }

@@ -9,11 +9,13 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::container::Container;
-use super::convert::Stored;
+use super::convert::Number;
 use super::error::CheckpointError;
-use super::hugging_face::{self, HF_MODEL_TYPE, Place};
+use super::hugging_face::{self, Found, HF_MODEL_TYPE};
 use super::names::{self, TensorSpec};
-use crate::config::{ConfigError, ModelConfig};
+use super::quantization::{self, Bits, Blocks, Quantization};
+use super::rows::{Place, Rows, Stored};
+use crate::config::{ConfigError, ModelConfig, invalid};
 
 /// Names of the files, as Hugging Face's own.
 pub const CONFIG: &str = "config.json";
@@ -27,6 +29,7 @@ pub const INDEX: &str = "model.safetensors.index.json";
 pub struct Directory {
     path: PathBuf,
     config: ModelConfig,
+    quantization: Option<Quantization>,
     hugging_face: bool,
     /// Where the list of tensors came from: index, single file, or (without any) the directory.
     listed_in: PathBuf,
@@ -37,7 +40,7 @@ pub struct Directory {
 /// What a directory holds beside what its configuration asks for.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Comparison {
-    /// How many tensors the configuration asks for.
+    /// How many tensors the configuration asks for; a quantized matrix is two.
     pub expected: usize,
     /// How many of these are listed.
     pub found: usize,
@@ -50,7 +53,12 @@ pub struct Comparison {
 impl Directory {
     /// Reads the configuration and the list of tensors. `rotary_dim`, if given, stands above the configuration's.
     pub fn open(path: &Path, rotary_dim: Option<usize>) -> Result<Self, CheckpointError> {
-        let (config, hugging_face) = read_config(&path.join(CONFIG), rotary_dim)?;
+        let (mut config, hugging_face) = read_config(&path.join(CONFIG), rotary_dim)?;
+        // It is about the files: in memory the model may be held in any form.
+        let quantization = match config.extra.shift_remove(quantization::KEY) {
+            None | Some(Value::Null) => None,
+            Some(value) => Some(Quantization::from_json(&value, &config)?),
+        };
         let (single, index) = (path.join(SINGLE), path.join(INDEX));
         let (listed_in, stored) = if single.exists() {
             let names = Container::open(&single)?.names();
@@ -61,12 +69,17 @@ impl Directory {
         } else {
             (path.to_path_buf(), BTreeMap::new())
         };
-        Ok(Self { path: path.into(), config, hugging_face, listed_in, stored })
+        Ok(Self { path: path.into(), config, quantization, hugging_face, listed_in, stored })
     }
 
-    /// The configuration; of a Hugging Face conversion, in M1's keys.
+    /// The configuration; of a Hugging Face conversion, in M1's keys. Without how the files are quantized.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// How the files are quantized, if they are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantization
     }
 
     /// Whether this is Hugging Face's own conversion (`model_type: minimax`).
@@ -97,24 +110,35 @@ impl Directory {
         let specs = names::tensors(&self.config);
         let mut used = HashSet::new();
         let mut missing = Vec::new();
+        let mut expected = 0;
         for spec in &specs {
+            expected += 1;
             match self.locate(spec) {
-                Some(place) => _ = used.insert(place.stored),
+                Some(found) => _ = used.insert(found.stored),
                 None => missing.push(spec.name.clone()),
+            }
+            if self.blocks(spec).is_some() {
+                expected += 1;
+                let name = quantization::scales_of(&spec.name);
+                if self.stored.contains_key(&name) { _ = used.insert(name) } else { missing.push(name) }
             }
         }
         let derived = |name: &str| self.hugging_face && hugging_face::is_derived(name);
         let unexpected = self.stored.keys().filter(|name| !used.contains(*name) && !derived(name)).cloned().collect();
-        Comparison { expected: specs.len(), found: specs.len() - missing.len(), missing, unexpected }
+        Comparison { expected, found: expected - missing.len(), missing, unexpected }
+    }
+
+    fn blocks(&self, spec: &TensorSpec) -> Option<Blocks> {
+        self.quantization.and_then(|quantization| quantization.of(spec.role))
     }
 
     /// Where a tensor of the model is stored, if it is listed.
-    fn locate(&self, spec: &TensorSpec) -> Option<Place> {
+    fn locate(&self, spec: &TensorSpec) -> Option<Found> {
         let has = |name: &str| self.stored.contains_key(name);
         if self.hugging_face {
             hugging_face::locate(&spec.name, &spec.shape, self.config.num_local_experts, has)
         } else {
-            has(&spec.name).then(|| Place { stored: spec.name.clone(), shape: spec.shape.clone(), first: 0 })
+            has(&spec.name).then(|| Found { stored: spec.name.clone(), shape: spec.shape.clone(), first: 0 })
         }
     }
 
@@ -152,7 +176,7 @@ impl Directory {
     }
 
     /// Reads every header and holds it against the configuration: exactly the tensors that it asks for, in the right
-    /// shapes, as F32, BF16 or F16. Returns where each of the model's tensors is.
+    /// shapes, as F32, BF16 or F16 or in the blocks that it says. Returns where each of the model's tensors is.
     pub(crate) fn check(&self) -> Result<Vec<Checked>, CheckpointError> {
         let files: BTreeMap<_, _> =
             self.open_files()?.into_iter().map(|(path, container)| (path, Arc::new(container))).collect();
@@ -171,42 +195,79 @@ impl Directory {
         spec: TensorSpec,
         files: &BTreeMap<PathBuf, Arc<Container>>,
     ) -> Result<Checked, CheckpointError> {
-        let missing = || CheckpointError::Missing { path: self.listed_in.clone(), tensors: vec![spec.name.clone()] };
-        let place = self.locate(&spec).ok_or_else(missing)?;
-        let container = self.stored.get(&place.stored).and_then(|file| files.get(file)).ok_or_else(missing)?;
-        let info = container.info(&place.stored).ok_or_else(missing)?;
-        let path = || container.path().to_path_buf();
-        if info.shape != place.shape {
-            let (found, expected) = (info.shape.clone(), place.shape);
-            return Err(CheckpointError::Shape { path: path(), tensor: place.stored, found, expected });
-        }
-        let stored = match info.dtype {
-            Dtype::F32 => Stored::F32,
-            Dtype::BF16 => Stored::Bf16,
-            Dtype::F16 => Stored::F16,
-            other => {
-                let found = other.to_string();
-                return Err(CheckpointError::Dtype { path: path(), tensor: place.stored, found });
-            }
+        let place = self.locate(&spec).ok_or_else(|| self.lacks(&spec.name))?;
+        let numbers = "F32, BF16 or F16";
+        let [rows, width] = match spec.shape[..] {
+            [width] => [1, width],
+            [rows, width] => [rows, width],
+            _ => unreachable!("tensors of a model are vectors and matrices"),
         };
-        Ok(Checked { spec, start: info.data_offsets.0, place, container: container.clone(), stored })
+        let Some(blocks) = self.blocks(&spec) else {
+            let (mut at, dtype) = self.find(&place.stored, &place.shape, files)?;
+            let number = match dtype {
+                Dtype::F32 => Number::F32,
+                Dtype::BF16 => Number::Bf16,
+                Dtype::F16 => Number::F16,
+                other => return Err(wrong_dtype(&at, place.stored, other, numbers)),
+            };
+            at.start += place.first * number.size();
+            let rows = Rows::new(spec.name.clone(), at, Stored::Numbers(number), rows, width);
+            return Ok(Checked { spec, rows });
+        };
+        let (dtype, shape) = match blocks.bits {
+            Bits::Int8 => (Dtype::I8, [rows, width]),
+            Bits::Int4 => (Dtype::U8, [rows, width / 2]),
+        };
+        let (at, found) = self.find(&spec.name, &shape, files)?;
+        if found != dtype {
+            let expected =
+                if dtype == Dtype::I8 { "I8, as quantization_config says" } else { "U8, as quantization_config says" };
+            return Err(wrong_dtype(&at, spec.name, found, expected));
+        }
+        let name = quantization::scales_of(&spec.name);
+        let (scales, found) = self.find(&name, &[rows, width / blocks.block], files)?;
+        if found != Dtype::F16 {
+            return Err(wrong_dtype(&scales, name, found, "F16"));
+        }
+        let rows = Rows::new(spec.name.clone(), at, Stored::Blocks(blocks, scales), rows, width);
+        Ok(Checked { spec, rows })
+    }
+
+    fn lacks(&self, name: &str) -> CheckpointError {
+        CheckpointError::Missing { path: self.listed_in.clone(), tensors: vec![name.into()] }
+    }
+
+    /// A stored tensor that must have this shape, and its dtype.
+    fn find(
+        &self,
+        name: &str,
+        shape: &[usize],
+        files: &BTreeMap<PathBuf, Arc<Container>>,
+    ) -> Result<(Place, Dtype), CheckpointError> {
+        let container = self.stored.get(name).and_then(|file| files.get(file)).ok_or_else(|| self.lacks(name))?;
+        let info = container.info(name).ok_or_else(|| self.lacks(name))?;
+        if info.shape != shape {
+            let (found, expected) = (info.shape.clone(), shape.to_vec());
+            return Err(CheckpointError::Shape { path: container.path().into(), tensor: name.into(), found, expected });
+        }
+        Ok((Place { container: container.clone(), start: info.data_offsets.0 }, info.dtype))
     }
 
     /// Checks every header as loading does, without reading a weight; returns the bytes of all tensors as stored.
     pub fn verify(&self) -> Result<u64, CheckpointError> {
-        let bytes = |t: Checked| (t.spec.shape.iter().product::<usize>() * t.stored.size()) as u64;
-        Ok(self.check()?.into_iter().map(bytes).sum())
+        Ok(self.check()?.iter().map(|tensor| tensor.rows.bytes()).sum())
     }
+}
+
+fn wrong_dtype(at: &Place, tensor: String, found: Dtype, expected: &'static str) -> CheckpointError {
+    CheckpointError::Dtype { path: at.container.path().into(), tensor, found: found.to_string(), expected }
 }
 
 /// One of the model's tensors, found and of the right kind.
 pub(crate) struct Checked {
     pub spec: TensorSpec,
-    pub place: Place,
-    pub container: Arc<Container>,
-    /// Where the stored tensor begins in the container's data.
-    pub start: usize,
-    pub stored: Stored,
+    /// A norm is one row.
+    pub rows: Rows,
 }
 
 /// Reads a `config.json` of either kind; true if it was Hugging Face's.
@@ -216,6 +277,10 @@ fn read_config(path: &Path, rotary_dim: Option<usize>) -> Result<(ModelConfig, b
     let mut keys: Map<String, Value> =
         serde_json::from_str(&text).map_err(|e| named(ConfigError::Json(e.to_string())))?;
     if keys.get("model_type").is_some_and(|kind| kind == HF_MODEL_TYPE) {
+        if let Some(value) = keys.get(quantization::KEY).filter(|value| !value.is_null()) {
+            let found: String = value.to_string().chars().take(60).collect();
+            return Err(named(invalid(quantization::KEY, found, "null with model_type \"minimax\"")).into());
+        }
         return Ok((hugging_face::translate(keys, rotary_dim, path)?, true));
     }
     if let Some(dim) = rotary_dim {

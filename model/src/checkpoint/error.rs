@@ -75,7 +75,7 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// A tensor of numbers that weights are not stored in.
-    #[error("{}: tensor `{tensor}` is {found}: expected F32, BF16 or F16", path.display())]
+    #[error("{}: tensor `{tensor}` is {found}: expected {expected}", path.display())]
     Dtype {
         /// The file.
         path: PathBuf,
@@ -83,7 +83,30 @@ pub enum CheckpointError {
         tensor: String,
         /// Its dtype.
         found: String,
+        /// The right one.
+        expected: &'static str,
     },
+    /// What is to be quantized already is.
+    #[error("{}: is quantized already ({found}): quantize the checkpoint that it was made from", path.display())]
+    Quantized {
+        /// The directory.
+        path: PathBuf,
+        /// How.
+        found: String,
+    },
+    /// Blocks that would not fill a row.
+    #[error("blocks of {block} weights do not divide {key} = {width}")]
+    Block {
+        /// Weights of a block.
+        block: usize,
+        /// The configuration's key.
+        key: &'static str,
+        /// Its value.
+        width: usize,
+    },
+    /// A place for a new checkpoint that holds something.
+    #[error("{}: exists and is not an empty directory: a quantized checkpoint gets one of its own", .0.display())]
+    Occupied(PathBuf),
     /// bf16 was asked for on a device that can't compute in it.
     #[error("this device does not compute in bf16: load the weights as f32")]
     NoBf16,

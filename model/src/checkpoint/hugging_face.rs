@@ -134,7 +134,7 @@ fn rotary_from_factor(keys: &mut Map<String, Value>) -> Result<Option<Value>, Co
 
 /// Where one of M1's tensors is in such a checkpoint.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct Found {
     /// The name it is stored under.
     pub stored: String,
     /// The shape that is stored there.
@@ -146,9 +146,9 @@ pub struct Place {
 /// Finds tensor `name` of shape `shape` among the names that `has` knows: as M1 names it, or as newer versions do.
 ///
 /// `experts` is the number of experts of a layer.
-pub fn locate(name: &str, shape: &[usize], experts: usize, has: impl Fn(&str) -> bool) -> Option<Place> {
+pub fn locate(name: &str, shape: &[usize], experts: usize, has: impl Fn(&str) -> bool) -> Option<Found> {
     if has(name) {
-        return Some(Place { stored: name.into(), shape: shape.into(), first: 0 });
+        return Some(Found { stored: name.into(), shape: shape.into(), first: 0 });
     }
     let (layer, part) = name.split_once(".block_sparse_moe.")?;
     let (stored, shape, first) = match part.strip_prefix("experts.") {
@@ -170,7 +170,7 @@ pub fn locate(name: &str, shape: &[usize], experts: usize, has: impl Fn(&str) ->
             }
         }
     };
-    has(&stored).then_some(Place { stored, shape, first })
+    has(&stored).then_some(Found { stored, shape, first })
 }
 
 /// Whether a stored tensor is one that the class derives from the configuration.

@@ -1,8 +1,9 @@
 //! Checkpoints in and out: directories in Hugging Face form.
 //!
 //! `names` says which tensors a model has, `directory` what a directory claims to hold, `container` opens one
-//! safetensors file, `read` and `write` move tensors between files and modules (through burn-store), `hugging_face`
-//! knows how Hugging Face's own conversion names things.
+//! safetensors file, `rows` reads a matrix where it lies, `slots` are the places for weights in a model; `read` and
+//! `write` go between the two, `quantization` and `quantize` know blocks of small integers, `hugging_face` how Hugging
+//! Face's own conversion names things.
 
 mod container;
 mod convert;
@@ -10,7 +11,11 @@ mod directory;
 mod error;
 mod hugging_face;
 mod names;
+mod quantization;
+mod quantize;
 mod read;
+mod rows;
+mod slots;
 mod write;
 
 pub use container::Container;
@@ -18,7 +23,11 @@ pub use directory::{CONFIG, Comparison, Directory, INDEX, SINGLE};
 pub use error::CheckpointError;
 pub use hugging_face::HF_MODEL_TYPE;
 pub use names::{Role, TensorSpec, tensors};
+pub use quantization::{Bits, Blocks, Quantization};
+pub use quantize::{QuantizeOptions, quantize};
 pub use read::{LoadOptions, load};
+pub use rows::Rows;
+pub(crate) use slots::{Slot, slots};
 pub use write::{SaveOptions, save};
 
 /// The dtype of matrices in memory and in files. Norms and the router are f32 in memory whatever this says, and the

@@ -5,12 +5,25 @@ use crate::config::{AttentionKind, ModelConfig};
 /// What a tensor is for; it decides in which dtype it lives and is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Linear map, embedding or head: in the dtype asked for.
-    Matrix,
+    /// The embedding: in the dtype asked for, as all matrices but the router.
+    Embedding,
+    /// A projection of either kind of attention.
+    Attention,
+    /// A matrix of one expert.
+    Expert,
+    /// The language-model head.
+    Head,
     /// Norm weight: f32 in memory, written in the checkpoint's dtype.
     Norm,
     /// Router gate: f32 in memory and in files, as in the released M1.
     Router,
+}
+
+impl Role {
+    /// Whether it is a matrix in the dtype asked for.
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, Self::Norm | Self::Router)
+    }
 }
 
 /// One tensor that a checkpoint must hold.
@@ -32,35 +45,35 @@ pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let mut add = |name: String, shape: &[usize], role| {
         all.push(TensorSpec { name: name + ".weight", shape: shape.to_vec(), role });
     };
-    add("model.embed_tokens".into(), &[config.vocab_size, hidden], Role::Matrix);
+    add("model.embed_tokens".into(), &[config.vocab_size, hidden], Role::Embedding);
     for layer in 0..config.num_hidden_layers {
         let at = |part: &str| format!("model.layers.{layer}.{part}");
         match config.kind(layer) {
             AttentionKind::Lightning => {
-                add(at("self_attn.qkv_proj"), &[3 * inner, hidden], Role::Matrix);
-                add(at("self_attn.output_gate"), &[inner, hidden], Role::Matrix);
-                add(at("self_attn.out_proj"), &[hidden, inner], Role::Matrix);
+                add(at("self_attn.qkv_proj"), &[3 * inner, hidden], Role::Attention);
+                add(at("self_attn.output_gate"), &[inner, hidden], Role::Attention);
+                add(at("self_attn.out_proj"), &[hidden, inner], Role::Attention);
                 add(at("self_attn.norm"), &[inner], Role::Norm);
             }
             AttentionKind::Softmax => {
-                add(at("self_attn.q_proj"), &[inner, hidden], Role::Matrix);
-                add(at("self_attn.k_proj"), &[kv, hidden], Role::Matrix);
-                add(at("self_attn.v_proj"), &[kv, hidden], Role::Matrix);
-                add(at("self_attn.o_proj"), &[hidden, inner], Role::Matrix);
+                add(at("self_attn.q_proj"), &[inner, hidden], Role::Attention);
+                add(at("self_attn.k_proj"), &[kv, hidden], Role::Attention);
+                add(at("self_attn.v_proj"), &[kv, hidden], Role::Attention);
+                add(at("self_attn.o_proj"), &[hidden, inner], Role::Attention);
             }
         }
         add(at("block_sparse_moe.gate"), &[config.num_local_experts, hidden], Role::Router);
         for expert in 0..config.num_local_experts {
             let of = |part: &str| at(&format!("block_sparse_moe.experts.{expert}.{part}"));
-            add(of("w1"), &[ffn, hidden], Role::Matrix);
-            add(of("w2"), &[hidden, ffn], Role::Matrix);
-            add(of("w3"), &[ffn, hidden], Role::Matrix);
+            add(of("w1"), &[ffn, hidden], Role::Expert);
+            add(of("w2"), &[hidden, ffn], Role::Expert);
+            add(of("w3"), &[ffn, hidden], Role::Expert);
         }
         add(at("input_layernorm"), &[hidden], Role::Norm);
         add(at("post_attention_layernorm"), &[hidden], Role::Norm);
     }
     add("model.norm".into(), &[hidden], Role::Norm);
-    add("lm_head".into(), &[config.vocab_size, hidden], Role::Matrix);
+    add("lm_head".into(), &[config.vocab_size, hidden], Role::Head);
     all
 }
 

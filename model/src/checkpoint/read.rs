@@ -1,33 +1,49 @@
-//! Loading: every tensor goes straight from the mapped file into its parameter, which was never initialised. A tensor
-//! at a time, each read by all threads, so that memory peaks at the weights and one tensor.
+//! Loading: every tensor goes straight from the mapped file to where it is used, into a parameter that was never
+//! initialised or into the form that the CPU's products read. One tensor at a time (or the same one of all experts of a
+//! layer), each by all threads, with pages let go behind: memory peaks at the weights and one tensor.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use burn::tensor::{Bytes, DType, Device, Shape, TensorData};
-use burn_store::burn_pack::Tensor as Packed;
-use burn_store::{ApplyError, ModuleSnapshot, bridge};
+use burn::module::Param;
+use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 use indicatif::{ProgressBar, ProgressStyle};
+use m1_kernels::base::on_cpu;
+use m1_kernels::base::packed::{Format, Packed};
+use rayon::prelude::*;
 
 use super::WeightDtype;
-use super::convert::{Stored, to_bf16_bits, to_f32};
+use super::convert::{Number, bits, narrow};
 use super::directory::{Checked, Directory};
 use super::error::CheckpointError;
-use super::names::Role;
+use super::quantization::Quantization;
+use super::rows::{Once, Rows};
+use super::slots::{Slot, of_expert, slots};
 use crate::model::M1;
+use crate::weight::{Held, Weight};
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Dtype of the matrices. `None`: as stored, except that f16 becomes f32 (f16 can't hold what M1 computes), and
-    /// that bf16 becomes f32 on a device that does not compute in bf16. `F32` widens; `Bf16` rounds to nearest even.
+    /// Dtype of the matrices that are not quantized. `None`: as stored, except that f16 becomes f32 (f16 can't hold what
+    /// M1 computes), and that bf16 becomes f32 on a device that does not compute in bf16, or where other matrices of the model are wider
+    /// and all are to be tensors. `F32` widens; `Bf16` rounds to nearest even.
     pub dtype: Option<WeightDtype>,
+    /// Quantize on the way, with the result of loading what [`super::quantize`] would have written. As any quantized
+    /// checkpoint, it is dequantized again where weights are tensors.
+    pub quantize: Option<Quantization>,
+    /// Hold every weight as a tensor, as training and visitors need it. Weights that go to the CPU without autodiff are
+    /// otherwise packed, for inference alone, and the embedding's rows stay in the file; on other devices and under
+    /// autodiff they always are tensors, of `dtype` also where the file is quantized.
+    pub tensors: bool,
     /// Stands above the configuration's `rotary_dim`; needed where a Hugging Face conversion has none.
     pub rotary_dim: Option<usize>,
     /// Show a progress bar on stderr, if that is a terminal.
     pub progress: bool,
 }
 
-/// Loads a checkpoint directory: MiniMax's own form or Hugging Face's conversion, one file or shards.
+/// Loads a checkpoint directory: MiniMax's own form or Hugging Face's conversion, one file or shards, quantized or not.
 ///
 /// Everything is checked before any weight is read: the configuration, every header, and that exactly the tensors
 /// that the configuration asks for are there in the right shapes.
@@ -37,79 +53,194 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
     if options.dtype == Some(WeightDtype::Bf16) && !bf16 {
         return Err(CheckpointError::NoBf16);
     }
-    let bar = ProgressBar::hidden();
-    let tensors = plan(&directory, options.dtype, bf16, &bar)?;
-    if options.progress {
-        bar.set_length(tensors.iter().map(|tensor| tensor.bytes).sum());
-        bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        {
-            bar.set_style(style);
+    check_quantization(&directory, path, options.quantize)?;
+    let mut stored = HashMap::new();
+    let (mut total, mut narrow) = (0, true);
+    for Checked { spec, rows } in directory.check()? {
+        total += rows.bytes();
+        let blocks = options.quantize.and_then(|quantization| quantization.of(spec.role));
+        let rows = rows.quantized(blocks);
+        narrow &= !spec.role.is_matrix() || is_narrow(&rows);
+        stored.insert(spec.name, rows);
+    }
+    let bar = if options.progress { progress("loading", total) } else { ProgressBar::hidden() };
+    let packed = !options.tensors && !device.is_autodiff() && on_cpu(&Tensor::<1>::zeros([1], device));
+    // Tensors meet each other and must be of one dtype; packed weights all meet activations in f32.
+    let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16: bf16 && (packed || narrow) };
+    let mut model = M1::new(directory.config(), device);
+    let mut take = |name: &str| {
+        let lacks = || CheckpointError::Missing { path: path.into(), tensors: vec![name.into()] };
+        stored.remove(name).ok_or_else(lacks)
+    };
+    for (name, slot) in slots(&mut model) {
+        match slot {
+            Slot::Norm(param) => *param = reader.tensor([take(&name)?], |rows| [rows[0].width()], true)?,
+            Slot::Table(table) => {
+                let rows = take(&name)?;
+                *table = match packed {
+                    true => {
+                        rows.check_scales()?;
+                        bar.inc(rows.bytes());
+                        Held::Constant(Arc::new(rows))
+                    }
+                    false => Held::Tensor(reader.matrix(rows, false)?),
+                };
+            }
+            Slot::Matrix(weight) => {
+                let (rows, router) = (take(&name)?, name.ends_with(".gate.weight"));
+                *weight = match packed {
+                    true => reader.packed([rows], router)?,
+                    false => Held::Tensor(reader.matrix(rows, router)?),
+                };
+            }
+            Slot::Experts(weight) => {
+                let count = directory.config().num_local_experts;
+                let all = (0..count).map(|e| take(&of_expert(&name, e))).collect::<Result<Vec<_>, _>>()?;
+                *weight = match packed {
+                    true => reader.packed(all, false)?,
+                    false => {
+                        Held::Tensor(reader.tensor(all, |all| [all.len(), all[0].rows(), all[0].width()], false)?)
+                    }
+                };
+            }
         }
     }
-    let mut model = M1::new(directory.config(), device);
-    let result = model.apply(tensors.into_iter().map(|tensor| tensor.packed).collect(), None, None, true);
     bar.finish_and_clear();
-
-    if let Some(error) = result.errors.into_iter().next() {
-        let (tensor, problem) = match error {
-            ApplyError::LoadError { path, message } => (path, message),
-            ApplyError::ShapeMismatch { path, .. }
-            | ApplyError::DTypeMismatch { path, .. }
-            | ApplyError::AdapterError { path, .. } => (path, "does not fit the model's parameter".to_string()),
-        };
-        return Err(CheckpointError::Transfer { path: path.into(), tensor, problem });
-    }
-    if !result.missing.is_empty() {
-        let tensors = result.missing.into_iter().map(|(name, _)| name).collect();
-        return Err(CheckpointError::Missing { path: path.into(), tensors });
-    }
-    if !result.unused.is_empty() {
-        return Err(CheckpointError::Unexpected { path: path.into(), tensors: result.unused });
-    }
     Ok(model)
 }
 
-/// A tensor that is yet to be read, and how much of a file it is.
-struct Planned {
-    packed: Packed,
-    bytes: u64,
+/// A progress bar in bytes on stderr, if that is a terminal.
+pub(super) fn progress(what: &str, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    let template = format!("{what} {{bar:30}} {{bytes}}/{{total_bytes}} {{bytes_per_sec}} {{eta}}");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar
 }
 
-/// Checks the whole directory and says, for every parameter, how its data will be made.
-fn plan(
+/// Refuses to quantize what already is, or in blocks that do not fit.
+pub(super) fn check_quantization(
     directory: &Directory,
-    dtype: Option<WeightDtype>,
-    bf16: bool,
-    bar: &ProgressBar,
-) -> Result<Vec<Planned>, CheckpointError> {
-    let mut all = Vec::new();
-    for Checked { spec, place, container, start, stored } in directory.check()? {
-        let wide = spec.role != Role::Matrix
-            || match dtype {
-                Some(dtype) => dtype == WeightDtype::F32,
-                None => stored != Stored::Bf16 || !bf16,
-            };
-        let elements: usize = spec.shape.iter().product();
-        let start = start + place.first * stored.size();
-        let range = start..start + elements * stored.size();
-        let bytes = range.len() as u64;
+    path: &Path,
+    wanted: Option<Quantization>,
+) -> Result<(), CheckpointError> {
+    let Some(wanted) = wanted else {
+        return Ok(());
+    };
+    if let Some(found) = directory.quantization() {
+        return Err(CheckpointError::Quantized { path: path.into(), found: format!("experts {}", found.experts) });
+    }
+    match wanted.undivided(directory.config()) {
+        Some((key, width)) => Err(CheckpointError::Block { block: wanted.block, key, width }),
+        None => Ok(()),
+    }
+}
 
-        let bar = bar.clone();
-        let shape = Shape::from(spec.shape);
-        let dtype = if wide { DType::F32 } else { DType::BF16 };
-        let packed = bridge::deferred(spec.name, dtype, shape.clone(), None, move || {
-            let data = container.with_bytes(range.clone(), |bytes| match wide {
-                true => TensorData::new(to_f32(bytes, stored), shape.clone()),
-                false => {
-                    let bits = Bytes::from_elems(to_bf16_bits(bytes, stored));
-                    TensorData::from_bytes(bits, shape.clone(), DType::BF16)
+/// Where weights go, and as what.
+struct Reader<'a> {
+    device: &'a Device,
+    bar: &'a ProgressBar,
+    dtype: Option<WeightDtype>,
+    /// Whether bf16 may stay what it is.
+    bf16: bool,
+}
+
+impl Reader<'_> {
+    /// Whether all of these become f32 rather than bf16.
+    fn wide(&self, all: &[Rows], exact: bool) -> bool {
+        exact
+            || match self.dtype {
+                Some(dtype) => dtype == WeightDtype::F32,
+                None => !self.bf16 || !all.iter().all(is_narrow),
+            }
+    }
+
+    fn matrix(&self, rows: Rows, exact: bool) -> Result<Param<Tensor<2>>, CheckpointError> {
+        self.tensor([rows], |rows| [rows[0].rows(), rows[0].width()], exact)
+    }
+
+    /// A parameter from one matrix after the other.
+    fn tensor<const D: usize>(
+        &self,
+        all: impl Into<Vec<Rows>>,
+        shape: impl FnOnce(&[Rows]) -> [usize; D],
+        exact: bool,
+    ) -> Result<Param<Tensor<D>>, CheckpointError> {
+        let all = all.into();
+        let shape = shape(&all);
+        let (data, dtype) = match self.wide(&all, exact) {
+            true => (TensorData::new(self.fill(&all, Rows::read)?, shape), DType::F32),
+            false => (
+                TensorData::from_bytes(Bytes::from_elems(self.fill(&all, read_bf16)?), shape, DType::BF16),
+                DType::BF16,
+            ),
+        };
+        Ok(Param::from_tensor(Tensor::from_data(data, (self.device, dtype))))
+    }
+
+    /// All rows of all matrices, read by all threads.
+    fn fill<T: Copy + Default + Send>(
+        &self,
+        all: &[Rows],
+        read: impl Fn(&Rows, usize, &mut [T]) -> Result<(), &'static str> + Sync,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let width = all[0].width();
+        let mut out = vec![T::default(); all.iter().map(Rows::rows).sum::<usize>() * width];
+        let mut rest = &mut out[..];
+        // Enough numbers for a thread to be worth waking.
+        let piece = (1usize << 16).div_ceil(width);
+        for rows in all {
+            let (these, others) = rest.split_at_mut(rows.rows() * width);
+            rest = others;
+            let once = Once::new(rows, self.bar);
+            these.par_chunks_mut(piece * width).enumerate().for_each(|(chunk, out)| {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    let i = chunk * piece + i;
+                    once.row(i, |rows| read(rows, i, out));
                 }
             });
-            bar.inc(bytes);
-            Ok(data)
-        });
-        all.push(Planned { packed, bytes });
+            once.finish()?;
+        }
+        Ok(out)
     }
-    Ok(all)
+
+    /// The form that the CPU's products read: from several matrices of one shape, a stack.
+    fn packed<const D: usize>(&self, all: impl Into<Vec<Rows>>, exact: bool) -> Result<Weight<D>, CheckpointError> {
+        let all = all.into();
+        let (count, out, input) = (all.len(), all[0].rows(), all[0].width());
+        let once: Vec<Once> = all.iter().map(|rows| Once::new(rows, self.bar)).collect();
+        let packed = match all[0].blocks() {
+            Some(blocks) => {
+                Packed::pack_quantized(blocks.format(), count, out, input, &|matrix, row, values, scales| {
+                    once[matrix].row(row, |rows| rows.read_blocks(row, values, scales));
+                })
+            }
+            None => {
+                let format = if self.wide(&all, exact) { Format::F32 } else { Format::Bf16 };
+                Packed::pack(format, count, out, input, &|matrix, row, out| {
+                    once[matrix].row(row, |rows| rows.read(row, out));
+                })
+            }
+        };
+        once.into_iter().try_for_each(Once::finish)?;
+        Ok(Held::Constant(packed.map_err(|error| all[0].flawed(&error.to_string()))?))
+    }
+}
+
+/// Whether bf16 is enough, as far as `None` for a dtype promises: for what is stored so, and for what is quantized.
+fn is_narrow(rows: &Rows) -> bool {
+    rows.blocks().is_some() || rows.number() == Some(Number::Bf16)
+}
+
+/// A row as the bits of bf16; those that are stored so are not touched.
+fn read_bf16(rows: &Rows, row: usize, out: &mut [u16]) -> Result<(), &'static str> {
+    if (rows.number(), rows.blocks()) == (Some(Number::Bf16), None) {
+        bits(rows.raw(row..row + 1), out);
+        return Ok(());
+    }
+    let mut wide = vec![0f32; out.len()];
+    let result = rows.read(row, &mut wide);
+    narrow(&wide, out);
+    result
 }

@@ -5,20 +5,25 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use burn::tensor::DType;
-use burn_store::ModuleSnapshot;
-use burn_store::burn_pack::Tensor as Packed;
+use burn::tensor::{DType, Tensor, TensorData};
+use m1_kernels::base::packed::Packed;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
 use super::WeightDtype;
-use super::convert::{Stored, to_bf16_bits, to_f32};
+use super::convert::narrow;
 use super::directory::{CONFIG, INDEX, SINGLE};
 use super::error::CheckpointError;
 use super::names::{self, Role, TensorSpec};
+use super::rows::Rows;
+use super::slots::{Slot, of_expert, slots};
+use crate::config::ModelConfig;
 use crate::model::M1;
+use crate::weight::{Held, Weight};
 
 /// How to save.
 #[derive(Debug, Clone)]
@@ -39,45 +44,21 @@ impl Default for SaveOptions {
 /// Writes a model as a checkpoint directory, which is made if needed; weights of an older checkpoint there are
 /// replaced. Tokenizer files are left alone.
 ///
-/// What was loaded as stored and is saved in the same dtype has the same bits. Memory: one tensor.
+/// What was loaded as stored and is saved in the same dtype has the same bits; what was quantized is written as the
+/// numbers that it stands for (`quantize` makes quantized checkpoints). Memory: one tensor.
 pub fn save(path: &Path, model: &M1, options: &SaveOptions) -> Result<(), CheckpointError> {
-    std::fs::create_dir_all(path).map_err(CheckpointError::io(path, "make the directory"))?;
-    let mut held: HashMap<String, Packed> =
-        model.collect(None, None, true).into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-
-    let mut shards: Vec<Vec<(TensorSpec, Packed)>> = vec![Vec::new()];
-    let (mut in_shard, mut total) = (0, 0);
-    for spec in names::tensors(model.config()) {
-        let Some(tensor) = held.remove(&spec.name) else {
+    let mut held = values(model);
+    let planned = names::tensors(model.config()).into_iter().map(|spec| {
+        let Some(values) = held.remove(&spec.name) else {
             return Err(CheckpointError::Missing { path: path.into(), tensors: vec![spec.name] });
         };
-        let bytes = stored_bytes(&spec, options.dtype);
-        if in_shard > 0 && in_shard + bytes > options.max_shard_bytes {
-            shards.push(Vec::new());
-            in_shard = 0;
-        }
-        in_shard += bytes;
-        total += bytes;
-        if let Some(shard) = shards.last_mut() {
-            shard.push((spec, tensor));
-        }
-    }
-
-    let mut pending = Pending { folder: path, files: Vec::new() };
-    let mut weight_map = BTreeMap::new();
-    let count = shards.len();
-    for (number, shard) in shards.into_iter().enumerate() {
-        let name = match count {
-            1 => SINGLE.to_string(),
-            _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
-        };
-        weight_map.extend(shard.iter().map(|(spec, _)| (spec.name.clone(), name.clone())));
-        pending.write(&name, |file, path| write_shard(file, path, shard, options.dtype))?;
-    }
-    if count > 1 {
-        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-        pending.write(INDEX, |file, path| writeln!(file, "{index:#}").map_err(CheckpointError::io(path, "write")))?;
-    }
+        let dtype = if spec.role == Role::Router { WeightDtype::F32 } else { options.dtype };
+        Ok(Planned {
+            parts: vec![Part::of(&spec, dtype)],
+            write: Box::new(move |file| values.write(&spec, dtype, file)),
+        })
+    });
+    let planned = planned.collect::<Result<Vec<_>, _>>()?;
     let mut config = model.config().clone();
     let torch_dtype = match options.dtype {
         WeightDtype::F32 => "float32",
@@ -85,89 +66,256 @@ pub fn save(path: &Path, model: &M1, options: &SaveOptions) -> Result<(), Checkp
     };
     config.extra.shift_remove("dtype"); // newer transformers' name of the same key
     config.extra.insert("torch_dtype".into(), torch_dtype.into());
-    pending.write(CONFIG, |file, path| {
-        file.write_all(config.to_json().as_bytes()).map_err(CheckpointError::io(path, "write"))
-    })?;
-    pending.commit()
+    std::fs::create_dir_all(path).map_err(CheckpointError::io(path, "make the directory"))?;
+    Pending::new(path).write_all(planned, &config, options.max_shard_bytes)
 }
 
-/// The dtype in which a tensor is written.
-fn stored_as(spec: &TensorSpec, dtype: WeightDtype) -> WeightDtype {
-    if spec.role == Role::Router { WeightDtype::F32 } else { dtype }
+/// Where a tensor's numbers are now.
+enum Values {
+    Vector(Tensor<1>),
+    Matrix(Tensor<2>),
+    /// One of a stack.
+    Slice(Tensor<3>, usize),
+    /// One of those packed together.
+    Packed(Packed, usize),
+    File(Arc<Rows>),
 }
 
-fn stored_bytes(spec: &TensorSpec, dtype: WeightDtype) -> u64 {
-    (spec.shape.iter().product::<usize>() * stored_as(spec, dtype).size()) as u64
+/// The numbers of every tensor of the model, under the checkpoint's names.
+fn values(model: &M1) -> HashMap<String, Values> {
+    let mut model = model.clone(); // shares every weight
+    let mut all = HashMap::new();
+    for (name, slot) in slots(&mut model) {
+        match slot {
+            Slot::Norm(param) => _ = all.insert(name, Values::Vector(param.val())),
+            Slot::Matrix(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
+            Slot::Matrix(Held::Constant(packed)) => _ = all.insert(name, Values::Packed(packed.clone(), 0)),
+            Slot::Table(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
+            Slot::Table(Held::Constant(rows)) => _ = all.insert(name, Values::File(rows.clone())),
+            Slot::Experts(weight) => all.extend(experts(&name, weight)),
+        }
+    }
+    all
 }
 
-fn write_shard(
-    file: &mut impl Write,
-    path: &Path,
-    mut shard: Vec<(TensorSpec, Packed)>,
+fn experts(name: &str, weight: &Weight<3>) -> Vec<(String, Values)> {
+    let one: Box<dyn Fn(usize) -> Values> = match weight {
+        Held::Tensor(param) => {
+            let stack = param.val();
+            Box::new(move |expert| Values::Slice(stack.clone(), expert))
+        }
+        Held::Constant(packed) => Box::new(|expert| Values::Packed(packed.clone(), expert)),
+    };
+    (0..weight.value().dims()[0]).map(|expert| (of_expert(name, expert), one(expert))).collect()
+}
+
+impl Values {
+    fn write(self, spec: &TensorSpec, dtype: WeightDtype, file: &mut Output) -> Result<(), CheckpointError> {
+        let shape = match &self {
+            Self::Vector(tensor) => tensor.dims().to_vec(),
+            Self::Matrix(tensor) => tensor.dims().to_vec(),
+            Self::Slice(stack, _) => stack.dims()[1..].to_vec(),
+            Self::Packed(packed, _) => vec![packed.out(), packed.input()],
+            Self::File(rows) => vec![rows.rows(), rows.width()],
+        };
+        if shape != spec.shape {
+            return Err(file.wrong(&spec.name, format!("has shape {shape:?}: config.json asks for {:?}", spec.shape)));
+        }
+        match self {
+            Self::Vector(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
+            Self::Matrix(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
+            Self::Slice(stack, expert) => write_data(stack.narrow(0, expert, 1).into_data(), &spec.name, dtype, file),
+            Self::Packed(packed, matrix) => write_rows(spec, dtype, file, |row, out| {
+                packed.row(matrix, row, out);
+                Ok(())
+            }),
+            Self::File(rows) => write_rows(spec, dtype, file, |row, out| rows.read(row, out)),
+        }
+    }
+}
+
+fn write_data(data: TensorData, name: &str, dtype: WeightDtype, file: &mut Output) -> Result<(), CheckpointError> {
+    match (data.dtype(), dtype) {
+        (DType::F32, WeightDtype::F32) | (DType::BF16, WeightDtype::Bf16) => return file.write(data.as_bytes()),
+        (DType::F32 | DType::BF16 | DType::F16, _) => {}
+        (other, _) => return Err(file.wrong(name, format!("cannot write {other:?}"))),
+    }
+    let data = data.convert::<f32>();
+    let numbers: &[f32] =
+        data.as_slice().map_err(|error| file.wrong(name, format!("cannot read it back: {error:?}")))?;
+    numbers.chunks(PIECE).try_for_each(|piece| file.numbers(piece, dtype))
+}
+
+/// Numbers that are converted before they are written.
+const PIECE: usize = 1 << 20;
+
+/// Some rows at a time, read by all threads.
+fn write_rows(
+    spec: &TensorSpec,
     dtype: WeightDtype,
+    file: &mut Output,
+    read: impl Fn(usize, &mut [f32]) -> Result<(), &'static str> + Sync,
 ) -> Result<(), CheckpointError> {
-    // Wider numbers first: then every tensor is aligned to its own.
-    shard.sort_by_key(|(spec, _)| std::cmp::Reverse(stored_as(spec, dtype).size()));
-    let mut end = 0;
-    let infos = shard.iter().map(|(spec, _)| {
-        let start = end;
-        end += stored_bytes(spec, dtype) as usize;
-        let dtype = match stored_as(spec, dtype) {
-            WeightDtype::F32 => Dtype::F32,
-            WeightDtype::Bf16 => Dtype::BF16,
-        };
-        (spec.name.clone(), TensorInfo { dtype, shape: spec.shape.clone(), data_offsets: (start, end) })
-    });
-    let about = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let header = Metadata::new(Some(about), infos.collect())
-        .map_err(|error| error.to_string())
-        .and_then(|metadata| serde_json::to_string(&metadata).map_err(|error| error.to_string()));
-    let mut header = header.map_err(|problem| CheckpointError::Container { path: path.into(), problem })?.into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-
-    let write = |file: &mut dyn Write, bytes: &[u8]| file.write_all(bytes).map_err(CheckpointError::io(path, "write"));
-    write(file, &(header.len() as u64).to_le_bytes())?;
-    write(file, &header)?;
-    for (spec, tensor) in shard {
-        let wrong =
-            |problem: String| CheckpointError::Transfer { path: path.into(), tensor: spec.name.clone(), problem };
-        let from = match tensor.dtype {
-            DType::F32 => Stored::F32,
-            DType::BF16 => Stored::Bf16,
-            DType::F16 => Stored::F16,
-            other => return Err(wrong(format!("cannot write {other:?}"))),
-        };
-        if tensor.shape.as_slice() != spec.shape {
-            return Err(wrong(format!("has shape {:?}: config.json asks for {:?}", tensor.shape, spec.shape)));
-        }
-        let bytes = tensor.to_bytes().map_err(|error| wrong(format!("cannot read it back: {error}")))?;
-        match (stored_as(&spec, dtype), from) {
-            (WeightDtype::F32, Stored::F32) | (WeightDtype::Bf16, Stored::Bf16) => write(file, &bytes)?,
-            (WeightDtype::F32, _) => write(file, bytemuck::cast_slice(&to_f32(&bytes, from)))?,
-            (WeightDtype::Bf16, _) => write(file, bytemuck::cast_slice(&to_bf16_bits(&bytes, from)))?,
-        }
+    let (rows, width) = (spec.shape[0], spec.shape[1]);
+    let step = PIECE.div_ceil(width);
+    let mut numbers = vec![0f32; step.min(rows) * width];
+    for start in (0..rows).step_by(step) {
+        let numbers = &mut numbers[..step.min(rows - start) * width];
+        let result = numbers.par_chunks_mut(width).enumerate().try_for_each(|(i, out)| read(start + i, out));
+        result.map_err(|what| file.wrong(&spec.name, what.into()))?;
+        file.numbers(numbers, dtype)?;
     }
     Ok(())
 }
 
-/// Files under temporary names; dropped without `commit`, they go away again.
-struct Pending<'a> {
+/// One tensor of a file to be.
+pub(super) struct Part {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+impl Part {
+    fn of(spec: &TensorSpec, dtype: WeightDtype) -> Self {
+        let dtype = match dtype {
+            WeightDtype::F32 => Dtype::F32,
+            WeightDtype::Bf16 => Dtype::BF16,
+        };
+        Self { name: spec.name.clone(), dtype, shape: spec.shape.clone() }
+    }
+
+    fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
+    }
+}
+
+/// Writes the parts of a [`Planned`], one after the other.
+pub(super) type WriteParts = Box<dyn FnOnce(&mut Output) -> Result<(), CheckpointError>>;
+
+/// Tensors that are written together, and how.
+pub(super) struct Planned {
+    pub parts: Vec<Part>,
+    pub write: WriteParts,
+}
+
+impl Planned {
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(Part::bytes).sum()
+    }
+}
+
+/// A file being written, under its temporary name.
+pub(super) struct Output {
+    file: BufWriter<File>,
+    path: PathBuf,
+}
+
+impl Output {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file.write_all(bytes).map_err(CheckpointError::io(&self.path, "write"))
+    }
+
+    fn numbers(&mut self, numbers: &[f32], dtype: WeightDtype) -> Result<(), CheckpointError> {
+        match dtype {
+            WeightDtype::F32 => self.write(bytemuck::cast_slice(numbers)),
+            WeightDtype::Bf16 => {
+                let mut bits = vec![0u16; numbers.len()];
+                bits.par_chunks_mut(1 << 16).zip(numbers.par_chunks(1 << 16)).for_each(|(out, x)| narrow(x, out));
+                self.write(bytemuck::cast_slice(&bits))
+            }
+        }
+    }
+
+    fn wrong(&self, tensor: &str, problem: String) -> CheckpointError {
+        CheckpointError::Transfer { path: self.path.clone(), tensor: tensor.into(), problem }
+    }
+
+    /// Header and tensors of one safetensors file.
+    fn shard(&mut self, mut shard: Vec<Planned>) -> Result<(), CheckpointError> {
+        // Wider numbers first: then every tensor is aligned to its own. Integers in blocks come in multiples of 16 bytes,
+        // so that the scales behind them are aligned too.
+        shard.sort_by_key(|planned| std::cmp::Reverse(planned.parts[0].dtype.bitsize()));
+        let mut end = 0;
+        let infos = shard.iter().flat_map(|planned| &planned.parts).map(|part| {
+            let start = end;
+            end += part.bytes() as usize;
+            let info = TensorInfo { dtype: part.dtype, shape: part.shape.clone(), data_offsets: (start, end) };
+            (part.name.clone(), info)
+        });
+        let about = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let header = Metadata::new(Some(about), infos.collect())
+            .map_err(|error| error.to_string())
+            .and_then(|metadata| serde_json::to_string(&metadata).map_err(|error| error.to_string()));
+        let wrong = |problem| CheckpointError::Container { path: self.path.clone(), problem };
+        let mut header = header.map_err(wrong)?.into_bytes();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        self.write(&(header.len() as u64).to_le_bytes())?;
+        self.write(&header)?;
+        shard.into_iter().try_for_each(|planned| (planned.write)(self))
+    }
+}
+
+/// Files under temporary names; dropped without being renamed, they go away again.
+pub(super) struct Pending<'a> {
     folder: &'a Path,
     files: Vec<(PathBuf, String)>,
 }
 
-impl Pending<'_> {
-    fn write(
+impl<'a> Pending<'a> {
+    pub fn new(folder: &'a Path) -> Self {
+        Self { folder, files: Vec::new() }
+    }
+
+    /// Writes a whole checkpoint and gives everything its name.
+    pub fn write_all(
+        mut self,
+        planned: Vec<Planned>,
+        config: &ModelConfig,
+        max_shard_bytes: u64,
+    ) -> Result<(), CheckpointError> {
+        let mut shards: Vec<Vec<Planned>> = vec![Vec::new()];
+        let (mut in_shard, mut total) = (0, 0);
+        for planned in planned {
+            let bytes = planned.bytes();
+            if in_shard > 0 && in_shard + bytes > max_shard_bytes {
+                shards.push(Vec::new());
+                in_shard = 0;
+            }
+            in_shard += bytes;
+            total += bytes;
+            if let Some(shard) = shards.last_mut() {
+                shard.push(planned);
+            }
+        }
+        let mut weight_map = BTreeMap::new();
+        let count = shards.len();
+        for (number, shard) in shards.into_iter().enumerate() {
+            let name = match count {
+                1 => SINGLE.to_string(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            weight_map.extend(shard.iter().flat_map(|p| &p.parts).map(|part| (part.name.clone(), name.clone())));
+            self.write(&name, |file| file.shard(shard))?;
+        }
+        if count > 1 {
+            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+            self.write(INDEX, |file| file.write(format!("{index:#}\n").as_bytes()))?;
+        }
+        self.write(CONFIG, |file| file.write(config.to_json().as_bytes()))?;
+        self.commit()
+    }
+
+    pub fn write(
         &mut self,
         name: &str,
-        fill: impl FnOnce(&mut BufWriter<File>, &Path) -> Result<(), CheckpointError>,
+        fill: impl FnOnce(&mut Output) -> Result<(), CheckpointError>,
     ) -> Result<(), CheckpointError> {
-        let temporary = self.folder.join(format!(".{name}.{}.tmp", std::process::id()));
-        let file = File::create(&temporary).map_err(CheckpointError::io(&temporary, "create"))?;
-        self.files.push((temporary.clone(), name.into()));
-        let mut file = BufWriter::with_capacity(1 << 20, file);
-        fill(&mut file, &temporary)?;
-        file.flush().map_err(CheckpointError::io(&temporary, "write"))
+        let path = self.folder.join(format!(".{name}.{}.tmp", std::process::id()));
+        let file = File::create(&path).map_err(CheckpointError::io(&path, "create"))?;
+        self.files.push((path.clone(), name.into()));
+        let mut output = Output { file: BufWriter::with_capacity(1 << 20, file), path };
+        fill(&mut output)?;
+        output.file.flush().map_err(CheckpointError::io(&output.path, "write"))
     }
 
     /// Renames in the order of writing, then removes weights of an older checkpoint that the new one does not replace:

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use m1_infer::generation_config::GenerationConfig;
 use m1_infer::sampler::SamplingOptions;
 use m1_infer::tokenizer::Tokenizer;
-use m1_model::checkpoint::{self, LoadOptions, WeightDtype};
+use m1_model::checkpoint::{self, Bits, LoadOptions, Quantization, WeightDtype};
 use m1_model::device::DeviceChoice;
 
 use crate::cli::pretrain::load_tokenizer;
@@ -27,7 +27,7 @@ Examples:
 
 /// Measure accuracy per task and difficulty on held-out problems
 ///
-/// Prints Markdown tables (per cent solved), greedy decoding and sampling apart.
+/// Prints Markdown tables (per cent solved), greedy decoding and sampling apart, and the perplexity of the right solutions.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
@@ -58,6 +58,15 @@ pub struct Args {
     /// Replies decoded together
     #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true, value_parser = up_to::<4096>)]
     rows: u64,
+    /// Quantize the experts while loading, as `m1 quantize` would have written them: int8 or int4
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<Bits>,
+    /// With --quantize: attention, embedding and head too
+    #[arg(long, requires = "quantize")]
+    quantize_all: bool,
+    /// Weights in memory: f32 or bf16 [default: as stored]
+    #[arg(long, value_name = "DTYPE")]
+    dtype: Option<WeightDtype>,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = whole)]
     seed: u64,
@@ -116,8 +125,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let open = args.device.open()?;
     eprintln!("device: {}", open.name);
-    let dtype = open.is_cpu.then_some(WeightDtype::F32);
-    let model = checkpoint::load(&args.model, &open.device, &LoadOptions { dtype, ..LoadOptions::default() })?;
+    let quantize = args.quantize.map(|bits| Quantization::new(bits, 32, args.quantize_all)).transpose();
+    let quantize = quantize.map_err(anyhow::Error::msg)?;
+    let options = LoadOptions { dtype: args.dtype, quantize, ..LoadOptions::default() };
+    let model = checkpoint::load(&args.model, &open.device, &options)?;
     let tokenizer = Tokenizer::from_dir(&args.model)?;
     let generation = GenerationConfig::read(&args.model)?.unwrap_or_default();
     let end_ids = generation.end_ids(&tokenizer);
@@ -154,6 +165,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     write!(out, "{}", markdown(&report.scores, &settings))?;
+    writeln!(
+        out,
+        "Perplexity {:.4} over the {} tokens of the problems' own solutions.",
+        report.perplexity, report.solution_tokens
+    )?;
     writeln!(
         out,
         "{} different questions; {} of them occur in the first {} training conversations.",

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use m1_infer::cli::parse;
 
+pub mod bench;
 pub mod eval;
 pub mod pretrain;
 
@@ -20,10 +21,12 @@ pub struct Cli {
 enum Command {
     Pretrain(pretrain::Args),
     Eval(eval::Args),
+    Bench(bench::Args),
 }
 
 /// Parses the command line and runs it; a mistake in it is told in one line.
 pub fn run() -> anyhow::Result<ExitCode> {
+    m1_kernels::base::memory::keep_freed();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return Ok(status),
@@ -31,6 +34,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Bench(args) => bench::run(args),
     }
 }
 

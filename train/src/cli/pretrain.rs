@@ -29,6 +29,9 @@ const TOKENIZER_CONVERSATIONS: u64 = 20_000;
 /// Its entries, at most.
 const TOKENIZER_ENTRIES: usize = 1280;
 
+/// Tokens of the parts that a step is split into.
+pub(crate) const MICRO_TOKENS: u64 = 1536;
+
 const AFTER_HELP: &str = "\
 Examples:
   m1-train pretrain --out runs/nano --steps 3000
@@ -136,7 +139,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         done(&state) * 100.0,
     );
 
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal("stopping after this step; once more to leave without saving")?;
     let pace = Pace { save_every: args.save_every, log_every: args.log_every };
     let ended = pretrain(&args.out, &mut trainer, &mut state, &data, pace, &stop)?;
     let p = &state.progress;
@@ -166,7 +169,7 @@ fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunSta
         steps: args.steps.or(args.minutes.is_none().then_some(3000)),
         minutes: args.minutes,
         batch_tokens: args.batch_tokens.unwrap_or(6144) as usize,
-        micro_tokens: args.micro_tokens.unwrap_or(1536) as usize,
+        micro_tokens: args.micro_tokens.unwrap_or(MICRO_TOKENS) as usize,
         schedule: Schedule { peak: args.lr.unwrap_or(2e-3), warmup: args.warmup.unwrap_or(100) },
         optimizer: OptimizerSettings {
             weight_decay: args.weight_decay.unwrap_or(0.1) as f32,
@@ -294,15 +297,15 @@ pub(crate) fn load_tokenizer(folder: &Path) -> anyhow::Result<Tokenizer> {
     Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
-/// Set by the first Ctrl-C (or a termination signal); the second one ends the process at once.
-fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
+/// Set by the first Ctrl-C (or a termination signal), which says `what` follows; the second one ends the process at once.
+pub(crate) fn stop_on_signal(what: &'static str) -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; once more to leave without saving");
+        eprintln!("\n{what}");
     })?;
     Ok(stop)
 }

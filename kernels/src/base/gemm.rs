@@ -1,0 +1,271 @@
+//! Products of f32 matrices with any strides: both operands are packed per call, in blocks that stay in the cache.
+
+use std::cell::RefCell;
+
+use super::buffer::{Buffer, SendPtr};
+use super::pool;
+use super::simd::{self, Level};
+use super::tile::{self, Kind, PANEL, Panels, Rows, Target};
+
+/// A matrix: element (i, j) is `data[i * row_stride + j * col_stride]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Mat<'a> {
+    /// From the first element on.
+    pub data: &'a [f32],
+    /// From a row to the next, in elements.
+    pub row_stride: usize,
+    /// From a column to the next, in elements.
+    pub col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Rows one after the other, `columns` wide.
+    pub fn row_major(data: &'a [f32], columns: usize) -> Self {
+        Mat { data, row_stride: columns, col_stride: 1 }
+    }
+
+    /// The same elements with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Mat { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
+    }
+
+    /// From element (i, j) on.
+    fn at(self, i: usize, j: usize) -> Self {
+        let from = (i * self.row_stride + j * self.col_stride).min(self.data.len());
+        Mat { data: &self.data[from..], ..self }
+    }
+
+    fn check(&self, rows: usize, columns: usize, name: &str) {
+        let need = (rows - 1) * self.row_stride + (columns - 1) * self.col_stride;
+        assert!(need < self.data.len(), "{name} [{rows}, {columns}] is larger than its data");
+    }
+}
+
+/// Steps along K, rows and columns of the blocks that one thread packs: a quarter MiB for `a`, half a MiB for `b`.
+const K_BLOCK: usize = 256;
+const ROW_BLOCK: usize = 240;
+const COLUMN_BLOCK: usize = 512;
+/// Floats from one packed row to the next: an odd number of cache lines.
+const ROW_STRIDE: usize = K_BLOCK + 16;
+
+/// `c = (add ? c : 0) + a · b`, with `a [m, k]`, `b [k, n]` and rows of `c` `ldc` apart, on this thread. Each element is one chain of
+/// multiply-adds along k, beginning with `c` if `add`, whatever m and n are.
+///
+/// # Panics
+/// If a matrix is larger than its data.
+#[allow(clippy::too_many_arguments)]
+pub fn gemm(level: Level, m: usize, n: usize, k: usize, a: Mat, b: Mat, c: &mut [f32], ldc: usize, add: bool) {
+    if !check(m, n, k, &a, &b, c, ldc, add) {
+        return;
+    }
+    // SAFETY: `check` has seen that the target lies inside `c`, which is borrowed.
+    unsafe { blocks(level, m, n, k, a, b, SendPtr(c.as_mut_ptr()), ldc, add) }
+}
+
+/// [`gemm`] at this thread's level on the pool; the same bits.
+///
+/// # Panics
+/// As [`gemm`].
+#[allow(clippy::too_many_arguments)]
+pub fn par_gemm(m: usize, n: usize, k: usize, a: Mat, b: Mat, c: &mut [f32], ldc: usize, add: bool) {
+    if !check(m, n, k, &a, &b, c, ldc, add) {
+        return;
+    }
+    let level = simd::level();
+    let c = SendPtr(c.as_mut_ptr());
+    let (rows, columns) = shares(m, n, k, pool::threads());
+    let across = n.div_ceil(columns);
+    pool::run(across * m.div_ceil(rows), |i| {
+        let (row, column) = (i / across * rows, i % across * columns);
+        let (m, n) = (rows.min(m - row), columns.min(n - column));
+        // SAFETY: the shares do not overlap, and lie inside the target that `check` has seen.
+        unsafe {
+            let c = SendPtr(c.get().add(row * ldc + column));
+            blocks(level, m, n, k, a.at(row, 0), b.at(0, column), c, ldc, add);
+        }
+    });
+}
+
+/// Rows and columns of a share of the product: enough shares that a thread which is held up costs little, each
+/// large enough that packing is a small part of it.
+fn shares(m: usize, n: usize, k: usize, threads: usize) -> (usize, usize) {
+    let (mut rows, mut columns) = (m, n.next_multiple_of(PANEL));
+    if threads == 1 || m * n * k < 1 << 18 {
+        return (rows, columns);
+    }
+    // Every share of some columns packs all its rows of `a`, and the other way round: cut the longer side.
+    while m.div_ceil(rows) * n.div_ceil(columns) < 4 * threads && rows * columns > 64 * 64 {
+        if columns > rows && columns > PANEL || rows <= 24 {
+            columns = (columns / 2).next_multiple_of(PANEL);
+        } else {
+            rows = (rows / 2).next_multiple_of(12);
+        }
+        if columns <= PANEL && rows <= 24 {
+            break;
+        }
+    }
+    (rows, columns)
+}
+
+/// Whether there is anything to multiply; without any k the result is zero, or what it was.
+#[allow(clippy::too_many_arguments)]
+fn check(m: usize, n: usize, k: usize, a: &Mat, b: &Mat, c: &mut [f32], ldc: usize, add: bool) -> bool {
+    if m == 0 || n == 0 {
+        return false;
+    }
+    assert!(n <= ldc || m == 1, "rows of c overlap");
+    assert!((m - 1) * ldc + n <= c.len(), "c [{m}, {n}] is larger than its data");
+    if k == 0 {
+        if !add {
+            c.chunks_mut(ldc).take(m).for_each(|row| row[..n].fill(0.0));
+        }
+        return false;
+    }
+    a.check(m, k, "a");
+    b.check(k, n, "b");
+    true
+}
+
+thread_local! {
+    /// Packed blocks of `a` and `b`.
+    static SCRATCH: RefCell<Option<Buffer>> = const { RefCell::new(None) };
+}
+
+/// # Safety
+/// The target is valid, and this thread's alone; the operands are as large as `check` demands.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn blocks(
+    level: Level,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Mat,
+    b: Mat,
+    c: SendPtr<f32>,
+    ldc: usize,
+    add: bool,
+) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let words = ROW_BLOCK * ROW_STRIDE + COLUMN_BLOCK * K_BLOCK;
+        let scratch = scratch.get_or_insert_with(|| Buffer::words_zeroed(words)).words_mut();
+        let (packed_a, packed_b) = scratch.split_at_mut(ROW_BLOCK * ROW_STRIDE);
+        for column in (0..n).step_by(COLUMN_BLOCK) {
+            let columns = COLUMN_BLOCK.min(n - column);
+            for from in (0..k).step_by(K_BLOCK) {
+                let steps = K_BLOCK.min(k - from);
+                for (p, panel) in packed_b.chunks_exact_mut(K_BLOCK * PANEL).enumerate().take(columns.div_ceil(PANEL)) {
+                    let first = column + p * PANEL;
+                    pack(level, b.at(from, first), steps, PANEL.min(n - first), panel, PANEL);
+                }
+                for row in (0..m).step_by(ROW_BLOCK) {
+                    let rows = ROW_BLOCK.min(m - row);
+                    pack(level, a.at(row, from), rows, steps, packed_a, ROW_STRIDE);
+                    // SAFETY: this block of the target is inside it.
+                    unsafe {
+                        let start = c.get().add(row * ldc + column);
+                        let target = Target { start, stride: ldc, columns, add: add || from > 0 };
+                        let rows = Rows { data: packed_a, stride: ROW_STRIDE, count: rows, index: None };
+                        let panels = Panels { data: packed_b, stride: K_BLOCK * PANEL };
+                        tile::product(level, Kind::F32, steps, rows, panels, target);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// `to[i * stride + j] = from(i, j)`.
+fn pack(level: Level, from: Mat, rows: usize, columns: usize, to: &mut [f32], stride: usize) {
+    if from.col_stride == 1 {
+        for (i, to) in to.chunks_mut(stride).enumerate().take(rows) {
+            to[..columns].copy_from_slice(&from.data[i * from.row_stride..][..columns]);
+        }
+    } else if from.row_stride == 1 {
+        transpose(level, from.data, from.col_stride, columns, rows, to, stride);
+    } else {
+        for (i, to) in to.chunks_mut(stride).enumerate().take(rows) {
+            for (j, to) in to[..columns].iter_mut().enumerate() {
+                *to = from.data[i * from.row_stride + j * from.col_stride];
+            }
+        }
+    }
+}
+
+/// `to[j * to_stride + i] = from[i * from_stride + j]` for `i < rows`, `j < columns`.
+pub(crate) fn transpose(
+    level: Level,
+    from: &[f32],
+    from_stride: usize,
+    rows: usize,
+    columns: usize,
+    to: &mut [f32],
+    to_stride: usize,
+) {
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!(from.len() >= (rows - 1) * from_stride + columns);
+    assert!(to.len() >= (columns - 1) * to_stride + rows);
+    let side = if level >= Level::Avx512 { 16 } else { 8 };
+    for i in (0..rows).step_by(side) {
+        for j in (0..columns).step_by(side) {
+            let (r, c) = (side.min(rows - i), side.min(columns - j));
+            #[cfg(target_arch = "x86_64")]
+            if side == 16 && r == 16 && c == 16 {
+                // SAFETY: the level says AVX-512; the square lies inside both matrices.
+                unsafe {
+                    let (from, to) = (from.as_ptr().add(i * from_stride + j), to.as_mut_ptr().add(j * to_stride + i));
+                    transpose_16(from, from_stride, to, to_stride);
+                }
+                continue;
+            }
+            for y in j..j + c {
+                for x in i..i + r {
+                    to[y * to_stride + x] = from[x * from_stride + y];
+                }
+            }
+        }
+    }
+}
+
+/// A square of 16 × 16.
+///
+/// # Safety
+/// The square must lie inside both matrices.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose_16(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller answers for the pointers. Pairs of rows, then fours, then quarters of the register change places.
+    unsafe {
+        let mut a: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(from.add(i * from_stride)));
+        let mut b = a;
+        for i in 0..8 {
+            b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+            b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+        }
+        for i in 0..4 {
+            let d = |x: __m512| _mm512_castps_pd(x);
+            let s = |x: __m512d| _mm512_castpd_ps(x);
+            a[4 * i] = s(_mm512_unpacklo_pd(d(b[4 * i]), d(b[4 * i + 2])));
+            a[4 * i + 1] = s(_mm512_unpackhi_pd(d(b[4 * i]), d(b[4 * i + 2])));
+            a[4 * i + 2] = s(_mm512_unpacklo_pd(d(b[4 * i + 1]), d(b[4 * i + 3])));
+            a[4 * i + 3] = s(_mm512_unpackhi_pd(d(b[4 * i + 1]), d(b[4 * i + 3])));
+        }
+        // a[4 * i + j] now holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 4, a quarter each.
+        for j in 0..4 {
+            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[j], a[4 + j]);
+            let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[j], a[4 + j]);
+            let even_low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[8 + j], a[12 + j]);
+            let odd_low = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[8 + j], a[12 + j]);
+            // even: columns j, 8 + j of rows 0..4, then of rows 4..8; odd: columns 4 + j, 12 + j.
+            b[j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even, even_low);
+            b[8 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even, even_low);
+            b[4 + j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd, odd_low);
+            b[12 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd, odd_low);
+        }
+        for (i, row) in b.into_iter().enumerate() {
+            _mm512_storeu_ps(to.add(i * to_stride), row);
+        }
+    }
+}

@@ -1,0 +1,517 @@
+//! The matrix micro-kernels of the int8 and int4 formats ([`super::quant`] says how these are stored).
+//!
+//! The weights are unsigned in memory (biased), as `vpdpbusd` wants one unsigned operand, and the bias comes off with the
+//! block's sum of activations. Inside a block the dot product is exact in 32-bit integers; over the blocks it is one chain
+//! of multiply-adds in f32 for each output element. So a row's bits depend neither on its neighbours nor on the width of
+//! the registers.
+
+use super::quant::{Meta, Quant};
+use super::simd::Level;
+use super::tile::{PANEL, Target};
+
+/// Bytes of a block's scales: one f16 per column.
+pub(crate) const SCALES: usize = 2 * PANEL;
+
+/// Activations of one row.
+#[derive(Clone, Copy)]
+pub(crate) enum Row {
+    /// int8 in blocks, with scale and bias for each block.
+    Quantized(*const i8, *const Meta),
+    /// f32, zero from the end of K to the end of its block.
+    Exact(*const f32),
+}
+
+/// Rows that one call of a kernel takes.
+pub(crate) const MOST: usize = 8;
+
+/// One panel times up to [`MOST`] rows, all of one kind, into `to[r * stride + column]` for 32 columns.
+#[derive(Clone, Copy)]
+struct Tile<'a> {
+    quant: Quant,
+    blocks: usize,
+    rows: &'a [Row],
+    panel: *const u8,
+    to: *mut f32,
+    stride: usize,
+}
+
+/// `target = rows · panelsᵀ` for as many panels as the target has columns, on this thread; `row(i)` is the i-th row of `count`.
+///
+/// # Safety
+/// Panels lie behind each other from `panels` on, as many as the target needs; each row is as long as the panels' blocks;
+/// the target is valid for writes of `columns` floats in each of `count` rows, and nothing else uses these meanwhile.
+pub(crate) unsafe fn product(
+    level: Level,
+    quant: Quant,
+    blocks: usize,
+    count: usize,
+    row: impl Fn(usize) -> Row,
+    panels: *const u8,
+    target: Target,
+) {
+    if count == 0 {
+        return;
+    }
+    let exact = matches!(row(0), Row::Exact(_));
+    let most = if exact { MOST } else { 6 };
+    let groups = count.div_ceil(most);
+    let (each, larger) = (count / groups, count % groups);
+    let bytes = blocks * quant.block_bytes();
+    for p in 0..target.columns.div_ceil(PANEL) {
+        let columns = (target.columns - p * PANEL).min(PANEL);
+        let mut first = 0;
+        for group in 0..groups {
+            let n = each + usize::from(group < larger);
+            let mut rows = [row(first); MOST];
+            for (i, to) in rows.iter_mut().enumerate().take(n) {
+                *to = row(first + i);
+            }
+            let mut edge = [0.0_f32; MOST * PANEL];
+            // SAFETY: the panel and the columns of the target exist, says the caller; a panel that sticks out of the target is
+            // written to `edge`, which has room for all rows.
+            unsafe {
+                let start = target.start.add(first * target.stride + p * PANEL);
+                let whole = columns == PANEL;
+                let (to, stride) = if whole { (start, target.stride) } else { (edge.as_mut_ptr(), PANEL) };
+                tile(level, &Tile { quant, blocks, rows: &rows[..n], panel: panels.add(p * bytes), to, stride });
+                if !whole {
+                    for r in 0..n {
+                        for j in 0..columns {
+                            *start.add(r * target.stride + j) = edge[r * PANEL + j];
+                        }
+                    }
+                }
+            }
+            first += n;
+        }
+    }
+}
+
+/// # Safety
+/// See [`product`].
+unsafe fn tile(level: Level, tile: &Tile) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the level says what the processor has; the rest is the caller's.
+    unsafe {
+        let exact = matches!(tile.rows[0], Row::Exact(_));
+        match (level, exact) {
+            (Level::Avx512Bf16, false) => return x86::vnni(tile),
+            (Level::Avx512Bf16 | Level::Avx512, true) => return x86::exact512(tile),
+            (Level::Avx512 | Level::Avx2, false) => return x86::avx2(tile),
+            (Level::Avx2, true) => return x86::exact256(tile),
+            (Level::Portable, _) => {}
+        }
+    }
+    let _ = level;
+    for (r, row) in tile.rows.iter().enumerate() {
+        let mut total = [0.0; PANEL];
+        for b in 0..tile.blocks {
+            // SAFETY: the panel has that many blocks, and the row that many values, says the caller.
+            unsafe {
+                let block = tile.panel.add(b * tile.quant.block_bytes());
+                match *row {
+                    Row::Quantized(x, meta) => {
+                        portable(tile.quant, block, x.add(b * tile.quant.block), *meta.add(b), &mut total);
+                    }
+                    Row::Exact(x) => portable_exact(tile.quant, block, x.add(b * tile.quant.block), &mut total),
+                }
+            }
+        }
+        // SAFETY: 32 columns of this row are the target's, says the caller.
+        unsafe { tile.to.add(r * tile.stride).cast::<[f32; PANEL]>().write_unaligned(total) };
+    }
+}
+
+/// The unsigned stored value of a column at `k` of a block.
+///
+/// # Safety
+/// `block` points at a block of `quant`, `k` lies inside.
+#[inline(always)]
+unsafe fn stored(quant: Quant, block: *const u8, column: usize, k: usize) -> u8 {
+    // SAFETY: inside the block, by the caller's word.
+    unsafe {
+        if quant.bits == 8 {
+            *block.add(SCALES + k / 4 * 4 * PANEL + 4 * column + k % 4)
+        } else {
+            *block.add(SCALES + k / 8 * 4 * PANEL + 4 * column + k % 4) >> (k % 8 / 4 * 4) & 15
+        }
+    }
+}
+
+/// # Safety
+/// `block` points at a block of `quant`.
+#[inline(always)]
+unsafe fn scale(block: *const u8, column: usize) -> f32 {
+    // SAFETY: a block begins with 32 scales.
+    half::f16::from_bits(unsafe { block.cast::<u16>().add(column).read() }).to_f32()
+}
+
+/// # Safety
+/// `block` points at a block of `quant`, `x` at as many activations.
+unsafe fn portable(quant: Quant, block: *const u8, x: *const i8, meta: Meta, total: &mut [f32; PANEL]) {
+    let mut sum = [meta.bias; PANEL];
+    // SAFETY: by the caller's word.
+    unsafe {
+        for k in 0..quant.block {
+            let x = i32::from(*x.add(k));
+            for (c, sum) in sum.iter_mut().enumerate() {
+                *sum += i32::from(stored(quant, block, c, k)) * x;
+            }
+        }
+        for (c, (total, sum)) in total.iter_mut().zip(sum).enumerate() {
+            *total += sum as f32 * (scale(block, c) * meta.scale);
+        }
+    }
+}
+
+/// # Safety
+/// `block` points at a block of `quant`, `x` at as many activations.
+unsafe fn portable_exact(quant: Quant, block: *const u8, x: *const f32, total: &mut [f32; PANEL]) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let scales: [f32; PANEL] = std::array::from_fn(|c| scale(block, c));
+        for k in 0..quant.block {
+            let x = *x.add(k);
+            for (c, total) in total.iter_mut().enumerate() {
+                let q = i32::from(stored(quant, block, c, k)) - quant.zero();
+                *total += x * (q as f32 * scales[c]);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{PANEL, Row, SCALES, Tile};
+    use crate::base::quant::Meta;
+
+    /// How far ahead of a panel's stream to fetch, in bytes.
+    const AHEAD: usize = 1536;
+
+    /// Calls the kernel that is compiled for the tile's number of rows, bits and block.
+    macro_rules! shapes {
+        ($tile:ident, $kernel:ident, $($rows:literal)*) => {
+            match ($tile.rows.len(), $tile.quant.bits, $tile.quant.block) {
+                $(($rows, 8, 32) => $kernel::<$rows, 8, 32>($tile),
+                ($rows, 8, 64) => $kernel::<$rows, 8, 64>($tile),
+                ($rows, 4, 32) => $kernel::<$rows, 4, 32>($tile),
+                ($rows, 4, 64) => $kernel::<$rows, 4, 64>($tile),)*
+                (rows, bits, block) => unreachable!("no tile of {rows} rows for int{bits} in blocks of {block}"),
+            }
+        };
+    }
+
+    #[inline(always)]
+    fn quantized<const R: usize>(tile: &Tile) -> ([*const i8; R], [*const Meta; R]) {
+        let row = |r: usize| match tile.rows[r] {
+            Row::Quantized(x, meta) => (x, meta),
+            Row::Exact(_) => unreachable!("the rows of a tile are of one kind"),
+        };
+        (std::array::from_fn(|r| row(r).0), std::array::from_fn(|r| row(r).1))
+    }
+
+    #[inline(always)]
+    fn exact<const R: usize>(tile: &Tile) -> [*const f32; R] {
+        std::array::from_fn(|r| match tile.rows[r] {
+            Row::Exact(x) => x,
+            Row::Quantized(..) => unreachable!("the rows of a tile are of one kind"),
+        })
+    }
+
+    /// # Safety
+    /// See [`super::product`]; the processor has AVX-512 with VNNI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    pub(super) unsafe fn vnni(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe { shapes!(tile, vnni_rows, 1 2 3 4 5 6) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn vnni_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        let (x, meta) = quantized::<R>(tile);
+        let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
+        let mut total = [[_mm512_setzero_ps(); 2]; R];
+        let nibble = _mm512_set1_epi8(15);
+        for b in 0..tile.blocks {
+            // SAFETY: the panel and the rows have that many blocks, says the caller of `product`; fetching ahead touches nothing.
+            unsafe {
+                let block = tile.panel.add(b * block_bytes);
+                let values = block.add(SCALES);
+                let mut sum: [[__m512i; 2]; R] =
+                    std::array::from_fn(|r| [_mm512_set1_epi32((*meta[r].add(b)).bias); 2]);
+                macro_rules! unit {
+                    ($w:expr, $at:expr) => {
+                        let w = $w;
+                        for r in 0..R {
+                            let x = _mm512_set1_epi32(x[r].add(b * BLOCK + $at).cast::<i32>().read_unaligned());
+                            sum[r] = [_mm512_dpbusd_epi32(sum[r][0], w[0], x), _mm512_dpbusd_epi32(sum[r][1], w[1], x)];
+                        }
+                    };
+                }
+                if R <= 2 {
+                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD).cast());
+                }
+                for u in 0..BLOCK * BITS / 32 {
+                    let p = values.add(u * 4 * PANEL);
+                    if R <= 2 {
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64).cast());
+                    }
+                    let v = [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())];
+                    if BITS == 8 {
+                        unit!(v, 4 * u);
+                    } else {
+                        unit!(v.map(|v| _mm512_and_si512(v, nibble)), 8 * u);
+                        unit!(v.map(|v| _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble)), 8 * u + 4);
+                    }
+                }
+                let scales: [__m512; 2] =
+                    std::array::from_fn(|i| _mm512_cvtph_ps(_mm256_loadu_si256(block.add(32 * i).cast())));
+                for r in 0..R {
+                    let own = _mm512_set1_ps((*meta[r].add(b)).scale);
+                    for i in 0..2 {
+                        let dot = _mm512_cvtepi32_ps(sum[r][i]);
+                        total[r][i] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scales[i], own), total[r][i]);
+                    }
+                }
+            }
+        }
+        for (r, total) in total.iter().enumerate() {
+            for (i, &total) in total.iter().enumerate() {
+                // SAFETY: 32 columns of each row are the target's.
+                unsafe { _mm512_storeu_ps(tile.to.add(r * tile.stride + 16 * i), total) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// See [`super::product`]; the processor has AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn avx2(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe { shapes!(tile, avx2_rows, 1 2 3 4 5 6) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        let (x, meta) = quantized::<R>(tile);
+        let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
+        // Pairs of rows times half a panel: eight sums fit in the registers.
+        for first in (0..R).step_by(2) {
+            let rows = (R - first).min(2);
+            for half in 0..2 {
+                let mut total = [[_mm256_setzero_ps(); 2]; 2];
+                for b in 0..tile.blocks {
+                    // SAFETY: the panel and the rows have that many blocks, says the caller of `product`.
+                    unsafe {
+                        let block = tile.panel.add(b * block_bytes);
+                        let values = block.add(SCALES + 64 * half);
+                        let scales: [__m256; 2] = std::array::from_fn(|i| {
+                            _mm256_cvtph_ps(_mm_loadu_si128(block.add(32 * half + 16 * i).cast()))
+                        });
+                        for r in 0..2 {
+                            if r < rows {
+                                let meta = *meta[first + r].add(b);
+                                let x = x[first + r].add(b * BLOCK);
+                                let dots =
+                                    if BITS == 8 { dots8::<BLOCK>(values, x) } else { dots4::<BLOCK>(values, x) };
+                                for i in 0..2 {
+                                    let dot =
+                                        _mm256_cvtepi32_ps(_mm256_add_epi32(dots[i], _mm256_set1_epi32(meta.bias)));
+                                    let scale = _mm256_mul_ps(scales[i], _mm256_set1_ps(meta.scale));
+                                    total[r][i] = _mm256_fmadd_ps(dot, scale, total[r][i]);
+                                }
+                            }
+                        }
+                    }
+                }
+                for (r, total) in total.iter().enumerate().take(rows) {
+                    for (i, &total) in total.iter().enumerate() {
+                        let at = (first + r) * tile.stride + 16 * half + 8 * i;
+                        // SAFETY: 32 columns of each row are the target's.
+                        unsafe { _mm256_storeu_ps(tile.to.add(at), total) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// The exact sums of one block over 16 columns, unsigned bytes times signed ones: 255 · 127 · 2 does not fit in the 16 bits
+    /// of `vpmaddubsw`, so both sides are widened.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dots8<const BLOCK: usize>(values: *const u8, x: *const i8) -> [__m256i; 2] {
+        let mut sum = [_mm256_setzero_si256(); 2];
+        for u in 0..BLOCK / 4 {
+            // SAFETY: inside the block.
+            unsafe {
+                let x = _mm256_set1_epi32(x.add(4 * u).cast::<i32>().read_unaligned());
+                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+                let odd = _mm256_srai_epi16::<8>(x);
+                for (i, sum) in sum.iter_mut().enumerate() {
+                    let w = _mm256_loadu_si256(values.add(u * 4 * PANEL + 32 * i).cast());
+                    let even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), even);
+                    let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), odd);
+                    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(even, odd));
+                }
+            }
+        }
+        sum
+    }
+
+    /// As [`dots8`] for nibbles: 32 products of at most 15 · 127 in four lanes of two each stay below 2¹⁵.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dots4<const BLOCK: usize>(values: *const u8, x: *const i8) -> [__m256i; 2] {
+        let nibble = _mm256_set1_epi8(15);
+        let mut sum = [_mm256_setzero_si256(); 2];
+        for part in 0..BLOCK / 32 {
+            let mut short = [_mm256_setzero_si256(); 2];
+            for u in 4 * part..4 * part + 4 {
+                // SAFETY: inside the block.
+                unsafe {
+                    let low = _mm256_set1_epi32(x.add(8 * u).cast::<i32>().read_unaligned());
+                    let high = _mm256_set1_epi32(x.add(8 * u + 4).cast::<i32>().read_unaligned());
+                    for (i, short) in short.iter_mut().enumerate() {
+                        let w = _mm256_loadu_si256(values.add(u * 4 * PANEL + 32 * i).cast());
+                        let low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), low);
+                        let high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble), high);
+                        *short = _mm256_add_epi16(*short, _mm256_add_epi16(low, high));
+                    }
+                }
+            }
+            for (sum, short) in sum.iter_mut().zip(short) {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(short, _mm256_set1_epi16(1)));
+            }
+        }
+        sum
+    }
+
+    /// # Safety
+    /// See [`super::product`]; the processor has AVX-512 F, BW, DQ and VL.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    pub(super) unsafe fn exact512(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe { shapes!(tile, exact512_rows, 1 2 3 4 5 6 7 8) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn exact512_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        let x = exact::<R>(tile);
+        let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
+        let table = _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.);
+        let flip = _mm512_set1_epi8(i8::MIN);
+        let mut total = [[_mm512_setzero_ps(); 2]; R];
+        for b in 0..tile.blocks {
+            // SAFETY: the panel and the rows have that many blocks, says the caller of `product`; fetching ahead touches nothing.
+            unsafe {
+                let block = tile.panel.add(b * block_bytes);
+                let scales: [__m512; 2] =
+                    std::array::from_fn(|i| _mm512_cvtph_ps(_mm256_loadu_si256(block.add(32 * i).cast())));
+                macro_rules! step {
+                    ($at:expr, $w:expr) => {
+                        let w: [__m512; 2] = std::array::from_fn(|i| _mm512_mul_ps($w(i), scales[i]));
+                        for r in 0..R {
+                            let x = _mm512_set1_ps(*x[r].add(b * BLOCK + $at));
+                            total[r] = [_mm512_fmadd_ps(x, w[0], total[r][0]), _mm512_fmadd_ps(x, w[1], total[r][1])];
+                        }
+                    };
+                }
+                for u in 0..BLOCK * BITS / 32 {
+                    let p = block.add(SCALES + u * 4 * PANEL);
+                    if R <= 2 {
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64).cast());
+                    }
+                    let v = [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())];
+                    if BITS == 8 {
+                        let v = v.map(|v| _mm512_xor_si512(v, flip));
+                        macro_rules! byte {
+                            ($j:literal) => {
+                                step!(4 * u + $j, |i: usize| _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(
+                                    _mm512_slli_epi32::<{ 24 - 8 * $j }>(v[i])
+                                )))
+                            };
+                        }
+                        byte!(0);
+                        byte!(1);
+                        byte!(2);
+                        byte!(3);
+                    } else {
+                        macro_rules! nibble {
+                            ($j:literal, $k:literal) => {
+                                step!(8 * u + $k, |i: usize| _mm512_permutexvar_ps(
+                                    _mm512_srli_epi32::<{ 4 * $j }>(v[i]),
+                                    table
+                                ))
+                            };
+                        }
+                        nibble!(0, 0);
+                        nibble!(2, 1);
+                        nibble!(4, 2);
+                        nibble!(6, 3);
+                        nibble!(1, 4);
+                        nibble!(3, 5);
+                        nibble!(5, 6);
+                        nibble!(7, 7);
+                    }
+                }
+            }
+        }
+        for (r, total) in total.iter().enumerate() {
+            for (i, &total) in total.iter().enumerate() {
+                // SAFETY: 32 columns of each row are the target's.
+                unsafe { _mm512_storeu_ps(tile.to.add(r * tile.stride + 16 * i), total) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// See [`super::product`]; the processor has AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn exact256(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe { shapes!(tile, exact256_rows, 1 2 3 4 5 6 7 8) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn exact256_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        let x = exact::<R>(tile);
+        let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
+        // A quarter of a panel at a time: R sums, one register of weights.
+        for quarter in 0..4 {
+            let mut total = [_mm256_setzero_ps(); R];
+            for b in 0..tile.blocks {
+                // SAFETY: the panel and the rows have that many blocks, says the caller of `product`.
+                unsafe {
+                    let block = tile.panel.add(b * block_bytes);
+                    let scales = _mm256_cvtph_ps(_mm_loadu_si128(block.add(16 * quarter).cast()));
+                    for u in 0..BLOCK * BITS / 32 {
+                        let v = _mm256_loadu_si256(block.add(SCALES + u * 4 * PANEL + 32 * quarter).cast());
+                        for k in 0..32 / BITS {
+                            let q = if BITS == 8 {
+                                let up = _mm256_xor_si256(v, _mm256_set1_epi8(i8::MIN));
+                                _mm256_srai_epi32::<24>(_mm256_sll_epi32(up, _mm_cvtsi32_si128(24 - 8 * k as i32)))
+                            } else {
+                                let shift = _mm_cvtsi32_si128((k % 4 * 8 + k / 4 * 4) as i32);
+                                let q = _mm256_and_si256(_mm256_srl_epi32(v, shift), _mm256_set1_epi32(15));
+                                _mm256_sub_epi32(q, _mm256_set1_epi32(8))
+                            };
+                            let w = _mm256_mul_ps(_mm256_cvtepi32_ps(q), scales);
+                            for r in 0..R {
+                                let x = _mm256_set1_ps(*x[r].add(b * BLOCK + 32 / BITS * u + k));
+                                total[r] = _mm256_fmadd_ps(x, w, total[r]);
+                            }
+                        }
+                    }
+                }
+            }
+            for (r, &total) in total.iter().enumerate() {
+                // SAFETY: 32 columns of each row are the target's.
+                unsafe { _mm256_storeu_ps(tile.to.add(r * tile.stride + 8 * quarter), total) };
+            }
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The matrix micro-kernel: rows of activations times panels of 32 output columns, accumulators in registers.
+//!
+//! A panel holds 32 columns K-major: 32 *units* of four bytes for one step along K, then the next step. A unit is one f32, or
+//! two bf16 that follow each other in K. Lanes are output columns, so that each output element is one sequential chain of
+//! multiply-adds along K, whatever the tile's shape: the bits of a row do not depend on the rows beside it.
+
+use super::simd::{Level, Plain, Vector};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Ymm, Zmm, ZmmBf16};
+
+/// Columns of a panel.
+pub(crate) const PANEL: usize = 32;
+/// Units along K that are multiplied before the next rows take their turn: their panel stays in the first-level cache (32 KiB).
+const BLOCK: usize = 256;
+/// Groups of rows that the panels are multiplied with before the next rows take their turn: with [`BLOCK`] they stay in
+/// the second-level cache (a quarter MiB of f32 with 12 rows a group).
+const GROUPS: usize = 20;
+
+/// What a unit of the panel is, and what the words of an activation row are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// f32 times f32.
+    F32,
+    /// Two bf16 times two bf16.
+    Bf16,
+    /// Two bf16, widened in registers, times two f32.
+    WideBf16,
+}
+
+/// Rows of activations: row `i` is `data[index[i] * stride..]` (`data[i * stride..]` without an index).
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) count: usize,
+    pub(crate) index: Option<&'a [u32]>,
+}
+
+/// Panels of weights: panel `p` is `data[p * stride..]`, `units * 32` words long.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+}
+
+/// Where the product goes: element (i, j) is `start[i * stride + j]`, for `columns` columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) start: *mut f32,
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+    /// Whether the chains begin with what is there instead of zero.
+    pub(crate) add: bool,
+}
+
+/// `target = (add ? target : 0) + rows · panels`, over `units` units along K, on this thread.
+///
+/// # Safety
+/// `target` must be valid for reads and writes of `columns` floats in each of `rows.count` rows, and nothing else may
+/// use these while this runs.
+pub(crate) unsafe fn product(level: Level, kind: Kind, units: usize, rows: Rows, panels: Panels, target: Target) {
+    let words = if kind == Kind::WideBf16 { 2 * units } else { units };
+    let last = match rows.index {
+        Some(index) => {
+            assert!(index.len() >= rows.count);
+            index[..rows.count].iter().max().map_or(0, |&i| i as usize)
+        }
+        None => rows.count.saturating_sub(1),
+    };
+    let strips = target.columns.div_ceil(PANEL);
+    if rows.count == 0 || strips == 0 {
+        return;
+    }
+    assert!(rows.data.len() >= last * rows.stride + words);
+    assert!(panels.data.len() >= (strips - 1) * panels.stride + units * PANEL);
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        unsafe fn avx512_bf16(kind: Kind, units: usize, rows: Rows, panels: Panels, target: Target) {
+            // SAFETY: checked by `product`, whose caller answers for the target.
+            unsafe { kinds::<ZmmBf16>(kind, units, rows, panels, target) }
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        unsafe fn avx512(kind: Kind, units: usize, rows: Rows, panels: Panels, target: Target) {
+            // SAFETY: as above.
+            unsafe { kinds::<Zmm>(kind, units, rows, panels, target) }
+        }
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn avx2(kind: Kind, units: usize, rows: Rows, panels: Panels, target: Target) {
+            // SAFETY: as above.
+            unsafe { kinds::<Ymm>(kind, units, rows, panels, target) }
+        }
+        // SAFETY: the level says what the processor has; sizes are checked above; the target is the caller's.
+        unsafe {
+            match level {
+                Level::Avx512Bf16 if kind == Kind::Bf16 => return avx512_bf16(kind, units, rows, panels, target),
+                Level::Avx512Bf16 | Level::Avx512 => return avx512(kind, units, rows, panels, target),
+                Level::Avx2 => return avx2(kind, units, rows, panels, target),
+                Level::Portable => {}
+            }
+        }
+    }
+    let _ = level;
+    // SAFETY: sizes are checked above; the target is the caller's.
+    unsafe { kinds::<Plain>(kind, units, rows, panels, target) }
+}
+
+#[inline(always)]
+unsafe fn kinds<V: Vector>(kind: Kind, units: usize, rows: Rows, panels: Panels, target: Target) {
+    // SAFETY: see `product`.
+    unsafe {
+        match kind {
+            Kind::F32 => sweep::<V, F32>(units, rows, panels, target),
+            Kind::Bf16 => sweep::<V, Bf16>(units, rows, panels, target),
+            Kind::WideBf16 => sweep::<V, WideBf16>(units, rows, panels, target),
+        }
+    }
+}
+
+/// One step along K for one pair of registers: what the kinds differ in.
+trait Step {
+    /// Words of an activation row per unit.
+    const WORDS: usize;
+    /// `acc[r][i] += a[r] · b[i]`; `a[r]` points at the row's words of this unit.
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]);
+}
+
+struct F32;
+struct Bf16;
+struct WideBf16;
+
+impl Step for F32 {
+    const WORDS: usize = 1;
+    #[inline(always)]
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+        for r in 0..R {
+            // SAFETY: see `product`.
+            unsafe {
+                let x = V::splat(a[r].add(at));
+                acc[r] = [acc[r][0].fma(x, b[0]), acc[r][1].fma(x, b[1])];
+            }
+        }
+    }
+}
+
+impl Step for Bf16 {
+    const WORDS: usize = 1;
+    #[inline(always)]
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+        for r in 0..R {
+            // SAFETY: see `product`.
+            unsafe {
+                let x = V::splat(a[r].add(at));
+                acc[r] = [acc[r][0].dot_bf16(x, b[0]), acc[r][1].dot_bf16(x, b[1])];
+            }
+        }
+    }
+}
+
+impl Step for WideBf16 {
+    const WORDS: usize = 2;
+    #[inline(always)]
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+        // SAFETY: see `product`.
+        unsafe {
+            let low = [b[0].low_bf16(), b[1].low_bf16()];
+            let high = [b[0].high_bf16(), b[1].high_bf16()];
+            for r in 0..R {
+                let (x, y) = (V::splat(a[r].add(at)), V::splat(a[r].add(at + 1)));
+                acc[r] = [acc[r][0].fma(x, low[0]).fma(y, high[0]), acc[r][1].fma(x, low[1]).fma(y, high[1])];
+            }
+        }
+    }
+}
+
+/// All tiles of a product. A *strip* is the columns of two registers; a panel is one strip (AVX-512) or a few.
+#[inline(always)]
+unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, target: Target) {
+    let most = V::ACCUMULATORS / 2;
+    let groups = rows.count.div_ceil(most);
+    // Groups of rows are as even as they can be: a last group of one row would be all latency.
+    let (each, larger) = (rows.count / groups, rows.count % groups);
+    let tallest = each + usize::from(larger > 0);
+    let width = 2 * V::LANES;
+    let strips = target.columns.div_ceil(width);
+    // With one group of rows every weight is used once: no blocking, panels are streamed from end to end.
+    let block = if groups == 1 { units.max(1) } else { BLOCK };
+    let together = (V::ACCUMULATORS / 2 / tallest).min(4);
+    let mut from = 0;
+    loop {
+        let count = block.min(units - from);
+        let add = target.add || from > 0;
+        let (mut strip, mut first) = (0, 0);
+        while first < groups {
+            if strip >= strips {
+                (strip, first) = (0, first + GROUPS);
+                continue;
+            }
+            let left = strips - strip;
+            let n = if together >= 4 && left >= 4 {
+                4
+            } else if together >= 2 && left >= 2 {
+                2
+            } else {
+                1
+            };
+            // SAFETY: strips lie inside the panels, rows inside the data, as `product` has checked; pointers past the last strip
+            // are not made.
+            unsafe {
+                let mut b = [panels.data.as_ptr(); 4];
+                for (i, b) in b.iter_mut().enumerate().take(n) {
+                    let column = (strip + i) * width;
+                    *b = b.add(column / PANEL * panels.stride + from * PANEL + column % PANEL);
+                }
+                let mut row = first * each + first.min(larger);
+                for group in first..groups.min(first + GROUPS) {
+                    let r = each + usize::from(group < larger);
+                    let place = Place {
+                        words: rows,
+                        row,
+                        from: from * S::WORDS,
+                        start: target.start.add(row * target.stride + strip * width),
+                        stride: target.stride,
+                        columns: (target.columns - strip * width).min(n * width),
+                        add,
+                    };
+                    tiles::<V, S>(r, n, count, &place, &b);
+                    row += r;
+                }
+            }
+            strip += n;
+        }
+        from += count;
+        if from >= units {
+            break;
+        }
+    }
+}
+
+/// One tile's place: its first row, its first word along K, its columns of the target.
+struct Place<'a> {
+    words: Rows<'a>,
+    row: usize,
+    from: usize,
+    start: *mut f32,
+    stride: usize,
+    columns: usize,
+    add: bool,
+}
+
+#[inline(always)]
+unsafe fn tiles<V: Vector, S: Step>(r: usize, n: usize, units: usize, place: &Place, b: &[*const f32; 4]) {
+    macro_rules! shapes {
+        ($(($rows:literal, $strips:literal))*) => {
+            // SAFETY: see `product`.
+            unsafe {
+                match (r, n) {
+                    $(($rows, $strips) if $rows * $strips * 2 <= V::ACCUMULATORS => {
+                        tile::<V, S, $rows, $strips>(units, place, b)
+                    })*
+                    _ => unreachable!("no tile of {r} rows and {n} strips"),
+                }
+            }
+        };
+    }
+    shapes!((1, 1)(2, 1)(3, 1)(4, 1)(5, 1)(6, 1)(7, 1)(8, 1)(9, 1)(10, 1)(11, 1)(12, 1)(1, 2)(2, 2)(3, 2)(4, 2)(5, 2)(
+        6, 2
+    )(1, 4)(2, 4)(3, 4));
+}
+
+/// `R` rows times `N` strips.
+#[inline(always)]
+unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize, place: &Place, b: &[*const f32; 4]) {
+    let width = 2 * V::LANES;
+    // SAFETY: see `product`. Columns that the target lacks go through `edge`.
+    unsafe {
+        let rows = &place.words;
+        let a: [*const f32; R] = std::array::from_fn(|r| {
+            let row = match rows.index {
+                Some(index) => *index.get_unchecked(place.row + r) as usize,
+                None => place.row + r,
+            };
+            rows.data.as_ptr().add(row * rows.stride + place.from)
+        });
+        let b: [*const f32; N] = std::array::from_fn(|n| b[n]);
+        let mut edge = [[[0.0_f32; 32]; 4]; 12]; // R × N strips, of which the widest has 32 columns
+        let whole = place.columns == N * width;
+        let (start, row_stride, strip_stride) =
+            if whole { (place.start, place.stride, width) } else { (edge.as_mut_ptr().cast::<f32>(), 4 * 32, 32) };
+        if !whole && place.add {
+            for r in 0..R {
+                for j in 0..place.columns {
+                    *start.add(r * row_stride + j / width * strip_stride + j % width) =
+                        *place.start.add(r * place.stride + j);
+                }
+            }
+        }
+        let mut acc = [[[V::zero(); 2]; R]; N];
+        if place.add {
+            for n in 0..N {
+                for r in 0..R {
+                    let from = start.add(r * row_stride + n * strip_stride);
+                    acc[n][r] = [V::load(from), V::load(from.add(V::LANES))];
+                }
+            }
+        }
+        for u in 0..units {
+            for n in 0..N {
+                let p = b[n].add(u * PANEL);
+                let w = [V::load(p), V::load(p.add(V::LANES))];
+                S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, w);
+            }
+        }
+        for n in 0..N {
+            for r in 0..R {
+                let to = start.add(r * row_stride + n * strip_stride);
+                acc[n][r][0].store(to);
+                acc[n][r][1].store(to.add(V::LANES));
+            }
+        }
+        if !whole {
+            for r in 0..R {
+                for j in 0..place.columns {
+                    *place.start.add(r * place.stride + j) =
+                        *start.add(r * row_stride + j / width * strip_stride + j % width);
+                }
+            }
+        }
+    }
+}

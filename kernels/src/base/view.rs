@@ -1,0 +1,154 @@
+//! Reading Flex tensors of any strides, and making new ones.
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Shape, bf16};
+
+use super::simd::Level;
+
+/// Values as they are stored.
+#[derive(Clone, Copy)]
+enum Stored<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+/// A tensor `[a, b, tokens, dim]` in f32 or bf16, whatever its strides.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    stored: Stored<'a>,
+    start: usize,
+    strides: [usize; 4],
+}
+
+/// `x` itself, or a copy where a stride is negative (a flipped view).
+pub(crate) fn forward_strides(x: FlexTensor) -> FlexTensor {
+    if x.layout().strides().iter().all(|&s| s >= 0) { x } else { x.to_contiguous() }
+}
+
+/// `x` with its values in order from the beginning of a buffer of just its size; copied only where it is not so already.
+pub(crate) fn contiguous(x: FlexTensor) -> FlexTensor {
+    let whole = x.is_contiguous()
+        && x.layout().start_offset() == 0
+        && x.bytes().len() == x.layout().num_elements() * x.dtype().size();
+    // The old handle goes first: whoever writes asks whether the buffer has one owner.
+    if whole { x } else { x.to_contiguous() }
+}
+
+/// A new tensor over `values`.
+pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::new(shape)), DType::F32)
+}
+
+/// `[a, b, c, d]` seen as `[a, c, b, d]`.
+pub(crate) fn swapped(x: FlexTensor) -> FlexTensor {
+    let layout = x.layout().transpose(1, 2);
+    x.with_layout(layout)
+}
+
+impl<'a> View<'a> {
+    /// # Panics
+    /// If `x` has another rank than 4, another dtype, or a negative stride ([`forward_strides`]).
+    pub(crate) fn new(x: &'a FlexTensor) -> Self {
+        let stored = match x.dtype() {
+            DType::BF16 => Stored::Bf16(x.storage()),
+            _ => Stored::F32(x.storage()),
+        };
+        let strides = x.layout().strides();
+        assert_eq!(strides.len(), 4, "four dimensions");
+        let strides = std::array::from_fn(|i| usize::try_from(strides[i]).expect("strides that go forward"));
+        View { stored, start: x.layout().start_offset(), strides }
+    }
+
+    /// Tokens `from .. from + count` of `(a, b)` as f32 rows of `dim` values, filled up with zeros to `width`; row i begins at
+    /// `to[i * row]`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn rows(
+        &self,
+        level: Level,
+        (a, b): (usize, usize),
+        from: usize,
+        count: usize,
+        dim: usize,
+        to: &mut [f32],
+        row: usize,
+        width: usize,
+    ) {
+        let [sa, sb, st, sd] = self.strides;
+        let start = self.start + a * sa + b * sb + from * st;
+        if let (Stored::Bf16(x), 1) = (self.stored, sd)
+            && dim == width
+            && count > 0
+        {
+            return widen(level, &x[start..], st, count, dim, to, row);
+        }
+        for i in 0..count {
+            let (line, padding) = to[i * row..][..width].split_at_mut(dim);
+            padding.fill(0.0);
+            let at = start + i * st;
+            match self.stored {
+                Stored::F32(x) if sd == 1 => line.copy_from_slice(&x[at..at + dim]),
+                Stored::F32(x) => line.iter_mut().enumerate().for_each(|(c, y)| *y = x[at + c * sd]),
+                Stored::Bf16(x) => line.iter_mut().enumerate().for_each(|(c, y)| *y = x[at + c * sd].to_f32()),
+            }
+        }
+    }
+
+    /// Asks for `count` rows of `dim` values to be brought near, if they lie in order.
+    pub(crate) fn prefetch(&self, (a, b): (usize, usize), from: usize, count: usize, dim: usize) {
+        let [sa, sb, st, sd] = self.strides;
+        if sd != 1 {
+            return;
+        }
+        let start = self.start + a * sa + b * sb + from * st;
+        let (base, size) = match self.stored {
+            Stored::F32(x) => (x.as_ptr().cast::<u8>(), 4),
+            Stored::Bf16(x) => (x.as_ptr().cast::<u8>(), 2),
+        };
+        for i in 0..count {
+            for byte in (0..dim * size).step_by(64) {
+                prefetch(base.wrapping_add((start + i * st) * size + byte));
+            }
+        }
+    }
+
+    /// Tokens of `(a, b)` from `from` on where they lie, and the distance of their rows: f32 whose rows are in order.
+    pub(crate) fn in_place(&self, (a, b): (usize, usize), from: usize) -> Option<(&'a [f32], usize)> {
+        let [sa, sb, st, sd] = self.strides;
+        match self.stored {
+            Stored::F32(x) if sd == 1 => Some((&x[self.start + a * sa + b * sb + from * st..], st)),
+            _ => None,
+        }
+    }
+}
+
+/// Into the second-level cache.
+#[inline(always)]
+fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that a program could see: any address will do.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    let _ = at;
+}
+
+crate::simd! {
+    /// `count` rows of `dim` bf16 to f32, exactly.
+    fn widen(from: &[bf16], from_row: usize, count: usize, dim: usize, to: &mut [f32], to_row: usize) = widen_body;
+}
+
+#[inline(always)]
+fn widen_body<const FMA: bool>(
+    from: &[bf16],
+    from_row: usize,
+    count: usize,
+    dim: usize,
+    to: &mut [f32],
+    to_row: usize,
+) {
+    for i in 0..count {
+        for (to, from) in to[i * to_row..][..dim].iter_mut().zip(&from[i * from_row..][..dim]) {
+            *to = f32::from_bits((from.to_bits() as u32) << 16);
+        }
+    }
+}

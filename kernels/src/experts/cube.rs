@@ -1,0 +1,291 @@
+//! One CubeCL source for CUDA and wgpu.
+//!
+//! The host groups the slots by expert and uploads the grouping once ([`Plan`]); every product then runs over the chosen
+//! experts alone, so that one token reads exactly k experts' weights. Forward: `w1` and `w3` with `silu · mul` in one
+//! launch, `w2` times the share into a row for each slot, and the sum of a token's slots in the order of their ranks:
+//! three launches, and the same bits however the tokens are grouped by chance. Backward forms `w1·x` and `w3·x` again.
+//! Offline: the products of `base::gpu` with `Rows::Gather` and `Rows::Scatter` and a plan; here `sum_slots`, `weigh` and
+//! `slopes` with F in {f32, bf16, f16}, cubes of 256 units.
+
+// The kernel macro writes modules and functions beside each kernel, which have no place for documentation.
+#![allow(missing_docs)]
+
+use std::sync::Arc;
+
+use burn::{
+    backend::{TensorMetadata, tensor::FloatTensor},
+    tensor::{DType, Shape},
+};
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::prelude::*;
+
+use super::ExpertsBackend;
+use crate::base::gpu::{
+    buffer, cube_sum, element, empty,
+    product::{Outer, Plan, Product, Rows, Store, Stored},
+    rows, sigmoid, spread, zeros,
+};
+use crate::base::packed::Packed;
+
+const UNITS: usize = 256;
+
+/// `y [tokens, dim] = Σ_rank slots [tokens · choices, dim]`, from f32.
+#[cube(launch_unchecked)]
+pub fn sum_slots<F: Float>(
+    slots: &[f32],
+    y: &mut [F],
+    tokens: usize,
+    dim: usize,
+    choices: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at >= tokens * dim {
+        terminate!();
+    }
+    let (token, column) = (at / dim, at % dim);
+    let mut sum = 0.0f32;
+    for rank in 0..choices {
+        sum += slots[(token * choices + rank) * dim + column];
+    }
+    y[at] = F::cast_from(sum);
+}
+
+/// Row by sorted position: `h = silu(g) · u`, weighed by the slot's share, and the share's gradient `Σ h · d_h`.
+///
+/// `sums [2, slots, ffn]` are g and u, `d_h [slots, ffn]` is not yet weighed. A cube for each row.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+pub fn weigh<F: Float>(
+    sums: &[f32],
+    d_h: &[f32],
+    shares: &[f32],
+    plan: &[u32],
+    weighed: &mut [F],
+    d_shares: &mut [f32],
+    slots: usize,
+    ffn: usize,
+    order: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let row = CUBE_POS;
+    if row >= slots {
+        terminate!();
+    }
+    let slot = plan[order + row] as usize;
+    let share = shares[slot];
+    let mut scratch = Shared::<[f32]>::new_slice(UNITS);
+    let mut product = 0.0f32;
+    for i in range_stepped(UNIT_POS as usize, ffn, UNITS) {
+        let at = row * ffn + i;
+        let g = sums[at];
+        let h = g * sigmoid(g) * sums[slots * ffn + at];
+        product += h * d_h[at];
+        weighed[at] = F::cast_from(h * share);
+    }
+    let product = cube_sum(product, &mut scratch, UNITS);
+    if UNIT_POS == 0 {
+        d_shares[slot] = product;
+    }
+}
+
+/// `d_g` and `d_u` by sorted position, from what [`weigh`] reads.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+pub fn slopes<F: Float>(
+    sums: &[f32],
+    d_h: &[f32],
+    shares: &[f32],
+    plan: &[u32],
+    d_g: &mut [F],
+    d_u: &mut [F],
+    slots: usize,
+    ffn: usize,
+    order: usize,
+    #[define(F)] _dtype: ElemType,
+) {
+    let at = ABSOLUTE_POS;
+    if at >= slots * ffn {
+        terminate!();
+    }
+    let share = shares[plan[order + at / ffn] as usize];
+    let (g, u) = (sums[at], sums[slots * ffn + at]);
+    let slope = d_h[at] * share;
+    let open = sigmoid(g);
+    d_g[at] = F::cast_from(slope * u * open * (1.0f32 + g * (1.0f32 - open)));
+    d_u[at] = F::cast_from(slope * g * open);
+}
+
+/// Sizes of a call.
+struct Sizes {
+    tokens: usize,
+    hidden: usize,
+    ffn: usize,
+    experts: usize,
+    slots: usize,
+    k: usize,
+}
+
+impl Sizes {
+    fn new(x: &CubeTensor, w1: &CubeTensor, ffn: usize, choices: &[u32]) -> Self {
+        let [tokens, hidden] = x.shape().dims();
+        let slots = choices.len();
+        Self { tokens, hidden, ffn, experts: w1.shape()[0], slots, k: slots.checked_div(tokens).unwrap_or(1) }
+    }
+}
+
+/// The forward pass with weights in any storage; all of one dtype or quantized.
+fn forward(
+    x: &CubeTensor,
+    shares: &CubeTensor,
+    [w1, w2, w3]: [&Stored; 3],
+    sizes: &Sizes,
+    choices: &[u32],
+) -> CubeTensor {
+    let Sizes { tokens, hidden, ffn, slots, k, .. } = *sizes;
+    if slots == 0 || hidden == 0 {
+        return zeros(x, Shape::from([tokens, hidden]), x.dtype);
+    }
+    let plan = Plan::new(x, choices, k, sizes.experts);
+    let h = Product {
+        x,
+        w: w1,
+        w2: Some(w3),
+        plan: Some(&plan),
+        shares: None,
+        rows: Rows::Gather,
+        store: Store::Gated,
+        by_k: true,
+        m: slots,
+        n: ffn,
+        k: hidden,
+    }
+    .run(x.dtype);
+    let outputs = Product {
+        x: &h,
+        w: w2,
+        w2: None,
+        plan: Some(&plan),
+        shares: Some(shares),
+        rows: Rows::Scatter,
+        store: Store::Plain,
+        by_k: true,
+        m: slots,
+        n: hidden,
+        k: ffn,
+    }
+    .run(DType::F32);
+    sum(&outputs, sizes, x.dtype)
+}
+
+/// The slots of each token summed.
+fn sum(slots: &CubeTensor, sizes: &Sizes, dtype: DType) -> CubeTensor {
+    let y = empty(slots, [sizes.tokens, sizes.hidden], dtype);
+    let count = sizes.tokens * sizes.hidden;
+    // SAFETY: the kernel stays below `tokens` and `dim` of y and `tokens · choices` rows of the slots.
+    unsafe {
+        sum_slots::launch_unchecked(
+            &slots.client,
+            spread(count.div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            buffer(slots),
+            buffer(&y),
+            sizes.tokens,
+            sizes.hidden,
+            sizes.k,
+            element(&y),
+        );
+    }
+    y
+}
+
+type T = FloatTensor<CubeBackend>;
+
+impl ExpertsBackend for CubeBackend {
+    fn experts(x: T, shares: T, w1: T, w2: T, w3: T, choices: Arc<[u32]>) -> T {
+        let sizes = Sizes::new(&x, &w1, w1.shape()[1], &choices);
+        let (x, shares) = (rows(x), rows(shares));
+        let [w1, w2, w3] = [w1, w2, w3].map(Stored::float);
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, &choices)
+    }
+
+    fn experts_backward(x: T, shares: T, w1: T, w2: T, w3: T, d_y: T, choices: Arc<[u32]>) -> (T, T, T, T, T) {
+        let sizes = Sizes::new(&x, &w1, w1.shape()[1], &choices);
+        let Sizes { hidden, ffn, slots, k, .. } = sizes;
+        if slots == 0 || hidden == 0 || ffn == 0 {
+            let [x, shares, w1, w2, w3] = [x, shares, w1, w2, w3].map(|t| zeros(&t, t.shape(), t.dtype));
+            return (x, shares, w1, w2, w3);
+        }
+        let (x, shares, d_y) = (rows(x), rows(shares), rows(d_y));
+        let [w1, w2, w3] = [w1, w2, w3].map(Stored::float);
+        let dtype = x.dtype;
+        let plan = Plan::new(&x, &choices, k, sizes.experts);
+        let product = |x, w, w2, rows, store, by_k, n, k| Product {
+            x,
+            w,
+            w2,
+            plan: Some(&plan),
+            shares: None,
+            rows,
+            store,
+            by_k,
+            m: slots,
+            n,
+            k,
+        };
+        let sums = product(&x, &w1, Some(&w3), Rows::Gather, Store::Both, true, ffn, hidden).run(DType::F32);
+        let d_h = product(&d_y, &w2, None, Rows::Gather, Store::Plain, false, ffn, hidden).run(DType::F32);
+
+        let (weighed, d_g, d_u) =
+            (empty(&x, [slots, ffn], dtype), empty(&x, [slots, ffn], dtype), empty(&x, [slots, ffn], dtype));
+        let d_shares = empty(&shares, shares.shape(), DType::F32);
+        // SAFETY: the kernels stay below `slots` rows of `ffn` elements, and the plan names slots below `slots`.
+        unsafe {
+            weigh::launch_unchecked(
+                &x.client,
+                spread(slots),
+                CubeDim::new_1d(UNITS as u32),
+                buffer(&sums),
+                buffer(&d_h),
+                buffer(&shares),
+                plan.argument(),
+                buffer(&weighed),
+                buffer(&d_shares),
+                slots,
+                ffn,
+                plan.order_at,
+                element(&x),
+            );
+            slopes::launch_unchecked(
+                &x.client,
+                spread((slots * ffn).div_ceil(UNITS)),
+                CubeDim::new_1d(UNITS as u32),
+                buffer(&sums),
+                buffer(&d_h),
+                buffer(&shares),
+                plan.argument(),
+                buffer(&d_g),
+                buffer(&d_u),
+                slots,
+                ffn,
+                plan.order_at,
+                element(&x),
+            );
+        }
+
+        let d_x = product(&d_g, &w1, None, Rows::Scatter, Store::Plain, false, hidden, ffn).run(DType::F32);
+        product(&d_u, &w3, None, Rows::Scatter, Store::Add, false, hidden, ffn).run_into(&d_x);
+        let outer = |a, b, a_by_token, b_by_token, m, n| {
+            let plan = Some(&plan);
+            Outer { a, b, plan, a_by_token, b_by_token, add: false, rows: slots, m, n }.run(dtype)
+        };
+        let d_w1 = outer(&d_g, &x, false, true, ffn, hidden);
+        let d_w2 = outer(&d_y, &weighed, true, false, hidden, ffn);
+        let d_w3 = outer(&d_u, &x, false, true, ffn, hidden);
+        (sum(&d_x, &sizes, dtype), d_shares, d_w1, d_w2, d_w3)
+    }
+
+    fn experts_packed(_: T, _: T, _: Packed, _: Packed, _: Packed, _: Arc<[u32]>) -> T {
+        unreachable!("packed weights are the CPU's; the public function never sends them to a device")
+    }
+}

@@ -1,0 +1,228 @@
+use burn::tensor::{DType, Device, Tensor};
+
+use super::{Weight, linear, linear_f32, reference};
+use crate::base::packed::{Format, Packed};
+use crate::base::pool;
+use crate::base::testing::{
+    assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+};
+
+fn device() -> Device {
+    Device::flex()
+}
+
+fn pack(format: Format, w: &Tensor<2>) -> Weight<2> {
+    let [out, input] = w.dims();
+    let all = values(w.clone());
+    let row = |_: usize, r: usize, to: &mut [f32]| to.copy_from_slice(&all[r * input..][..input]);
+    Packed::pack(format, 1, out, input, &row).unwrap().into()
+}
+
+/// Values that bf16 holds.
+fn coarse<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    x.cast(DType::BF16).cast(DType::F32)
+}
+
+const SHAPES: [[usize; 3]; 10] = [
+    [1, 1, 1],
+    [1, 33, 7],
+    [2, 31, 64],
+    [3, 130, 255],
+    [5, 32, 257],
+    [7, 97, 31],
+    [12, 64, 96],
+    [13, 129, 300],
+    [37, 65, 513],
+    [250, 530, 261],
+];
+
+#[test]
+fn equals_the_reference_in_every_format() {
+    at_every_level(|| {
+        for (i, [n, out, input]) in SHAPES.into_iter().enumerate() {
+            let x = random([n, input], i as u64, &device());
+            let w = random([out, input], 100 + i as u64, &device());
+            let close = |got, x: &Tensor<2>, w: &Tensor<2>, what: &str| {
+                let what = format!("{what} {n} × {out} × {input}");
+                assert_close(got, reference::linear(x.clone(), w.clone()), 3e-5 * (1.0 + (input as f32).sqrt()), &what);
+            };
+            let plain = linear(x.clone(), &w.clone().into());
+            close(plain.clone(), &x, &w, "f32 tensor");
+            assert_eq!(bits(plain.clone()), bits(linear_f32(x.clone(), &w.clone().into())));
+            assert_eq!(bits(plain), bits(linear(x.clone(), &pack(Format::F32, &w))), "a tensor is its f32 packing");
+
+            let (xc, wc) = (coarse(x.clone()), coarse(w.clone()));
+            let half: Weight<2> = wc.clone().cast(DType::BF16).into();
+            let in_pack = linear(x.clone(), &pack(Format::Bf16, &w));
+            close(in_pack.clone(), &xc, &wc, "packed bf16");
+            let tensor = linear(x.clone(), &half);
+            assert_eq!(tensor.dtype(), DType::BF16);
+            assert_eq!(bits(tensor), bits(in_pack.cast(DType::BF16)), "a bf16 tensor is its packing, rounded");
+            let exact = linear_f32(x.clone(), &pack(Format::Bf16, &w));
+            close(exact.clone(), &x, &wc, "exact bf16");
+            assert_eq!(bits(exact), bits(linear_f32(x, &half)), "exact: a tensor is its packing");
+        }
+    });
+}
+
+#[test]
+fn a_row_is_the_same_alone_and_in_any_batch() {
+    at_every_level(|| {
+        let (out, input) = (161, 523);
+        let x = random([512, input], 1, &device());
+        let w = random([out, input], 2, &device());
+        let weights: [Weight<2>; 4] = [
+            w.clone().into(),
+            pack(Format::F32, &w),
+            pack(Format::Bf16, &w),
+            w.slice([0..out, 0..input - 1]).cast(DType::BF16).into(),
+        ];
+        for (i, weight) in weights.iter().enumerate() {
+            let x = x.clone().narrow(1, 0, weight.dims()[1]);
+            for f in [linear, linear_f32] {
+                let all = f(x.clone(), weight);
+                for rows in [1, 2, 11, 12, 13, 37] {
+                    let some = f(x.clone().narrow(0, 512 - rows, rows), weight);
+                    let same = bits(some) == bits(all.clone().narrow(0, 512 - rows, rows));
+                    assert!(same, "weight {i}: {rows} rows of 512 have other bits");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let x = random([70, 300], 1, &device());
+    let w = random([333, 300], 2, &device());
+    let half = w.clone().cast(DType::BF16);
+    for weight in [w.clone().into(), pack(Format::F32, &w), pack(Format::Bf16, &w), half.into()] {
+        assert_threads_do_not_matter(|| linear(x.clone(), &weight));
+        assert_threads_do_not_matter(|| linear_f32(x.clone(), &weight));
+    }
+}
+
+#[test]
+fn strides_do_not_matter() {
+    let x = random([29, 71], 1, &device());
+    let w = random([43, 71], 2, &device());
+    let expected = bits(linear(x.clone(), &w.clone().into()));
+    for x in [strided(x.clone()), window(x.clone()), x.clone().flip([0]).flip([0])] {
+        for w in [w.clone(), strided(w.clone()), window(w.clone()), w.clone().flip([1]).flip([1])] {
+            assert!(bits(linear(x.clone(), &w.into())) == expected);
+        }
+        let packed = pack(Format::F32, &w);
+        assert!(bits(linear(x, &packed)) == expected);
+    }
+    let half = w.clone().cast(DType::BF16);
+    let expected = bits(linear(x.clone(), &half.clone().into()));
+    let half = Tensor::cat(vec![half.clone(), half], 1).narrow(1, 0, 71);
+    assert!(bits(linear(strided(x), &half.into())) == expected);
+}
+
+#[test]
+fn no_rows_and_no_inputs() {
+    for (n, out, input) in [(0, 5, 7), (3, 5, 0), (0, 0, 0), (3, 0, 7)] {
+        let (x, w) = (Tensor::<2>::ones([n, input], &device()), Tensor::<2>::ones([out, input], &device()));
+        let half = w.clone().cast(DType::BF16);
+        for weight in [w.clone().into(), pack(Format::F32, &w), pack(Format::Bf16, &w), half.into()] {
+            let y = linear(x.clone(), &weight);
+            assert_eq!(y.dims(), [n, out]);
+            assert!(values(y).iter().all(|&y| y == 0.0), "{n} × {out} × {input}");
+        }
+    }
+}
+
+#[test]
+fn nan_stays_in_its_row() {
+    at_every_level(|| {
+        let (n, out, input) = (14, 50, 90);
+        let w = random([out, input], 2, &device());
+        let clean = random([n, input], 1, &device());
+        let row = Tensor::full([1, input], f32::NAN, &device());
+        let x = Tensor::cat(vec![clean.clone().narrow(0, 0, 6), row, clean.clone().narrow(0, 7, 7)], 0);
+        let half = w.clone().cast(DType::BF16);
+        for weight in [w.clone().into(), pack(Format::F32, &w), pack(Format::Bf16, &w), half.into()] {
+            let (y, clean) = (values(linear(x.clone(), &weight)), values(linear(clean.clone(), &weight)));
+            for (i, (y, clean)) in y.iter().zip(&clean).enumerate() {
+                assert!(if i / out == 6 { y.is_nan() } else { y == clean }, "element {i}: {y}, {clean}");
+            }
+        }
+    });
+}
+
+#[test]
+fn gradients_are_those_of_the_reference() {
+    let device = device().autodiff();
+    at_every_level(|| {
+        for (i, [n, out, input]) in SHAPES.into_iter().enumerate() {
+            let x = random([n, input], i as u64, &device).require_grad();
+            let w = random([out, input], 50 + i as u64, &device).require_grad();
+            let d_y = random([n, out], 90 + i as u64, &device);
+            let grads = |y: Tensor<2>| {
+                let grads = (y * d_y.clone()).sum().backward();
+                (x.grad(&grads).unwrap(), w.grad(&grads).unwrap())
+            };
+            let ours = grads(linear(x.clone(), &w.clone().into()));
+            let theirs = grads(reference::linear(x.clone(), w.clone()));
+            assert_close(ours.0.clone(), theirs.0.clone(), 1e-4 * (out as f32).sqrt(), "dx");
+            assert_close(ours.1, theirs.1, 1e-4 * (n as f32).sqrt(), "dw");
+
+            let packed = pack(Format::F32, &w.clone().inner());
+            let loss = (linear(x.clone(), &packed) * d_y.clone()).sum();
+            let d_x = x.grad(&loss.backward()).unwrap();
+            assert_close(d_x, theirs.0, 1e-4 * (out as f32).sqrt(), "dx through a packed weight");
+        }
+    });
+}
+
+#[test]
+fn gradients_of_strided_operands_have_the_same_bits() {
+    let device = device().autodiff();
+    let x = random([31, 77], 1, &device);
+    let w = random([45, 77], 2, &device);
+    let d_y = random([31, 45], 3, &device);
+    let grads = |x: &Tensor<2>, w: &Tensor<2>, d_y: &Tensor<2>| {
+        let (x, w) = (x.clone().require_grad(), w.clone().require_grad());
+        let grads = (linear(strided(x.clone()) + 0.0, &w.clone().into()) * d_y.clone()).sum().backward();
+        w.grad(&grads).map(bits)
+    };
+    let expected = grads(&x, &w, &d_y);
+    assert!(expected.is_some());
+    assert_eq!(grads(&strided(x.clone()), &strided(w.clone()), &strided(d_y.clone())), expected);
+    assert_eq!(grads(&window(x), &window(w), &window(d_y)), expected);
+}
+
+#[test]
+fn bf16_gradients_keep_their_dtypes() {
+    let device = device().autodiff();
+    let x = random([5, 40], 1, &device).cast(DType::BF16).detach().require_grad();
+    let w = random([9, 40], 2, &device).cast(DType::BF16).detach().require_grad();
+    let grads = |y: Tensor<2>| {
+        let grads = y.sum().backward();
+        (x.grad(&grads).unwrap(), w.grad(&grads).unwrap())
+    };
+    let ours = grads(linear(x.clone(), &w.clone().into()));
+    let theirs = grads(reference::linear(x.clone(), w.clone()));
+    assert_close(ours.0, theirs.0, 0.02, "dx");
+    assert_close(ours.1, theirs.1, 0.02, "dw");
+}
+
+#[test]
+fn concurrent_callers_get_the_same_bits() {
+    let x = random([64, 200], 1, &device());
+    let w: Weight<2> = random([300, 200], 2, &device()).into();
+    let expected = bits(linear(x.clone(), &w));
+    std::thread::scope(|scope| {
+        for threads in 1..5 {
+            let (x, w, expected) = (x.clone(), w.clone(), &expected);
+            scope.spawn(move || {
+                pool::with_threads(threads, || {
+                    for _ in 0..30 {
+                        assert_eq!(&bits(linear(x.clone(), &w)), expected);
+                    }
+                });
+            });
+        }
+    });
+}

@@ -1,0 +1,464 @@
+//! Flex: tiles of queries against tiles of keys, an online softmax over each span of keys, spans joined in order.
+//!
+//! Tiles and spans lie at absolute positions, every sum has one order, and what a query may not see is left out rather than
+//! weighted with zero. So a token's bits are the same in a prefill, in a decode step, and wherever the keys' blocks or the
+//! calls are cut; and spans may be computed side by side or one after the other.
+
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Flex, TensorMetadata};
+
+use super::{KeyValueBlocks, SoftmaxAttentionBackend, cpu_backward};
+use crate::base::buffer::SendPtr;
+use crate::base::math::{LANES, exp};
+use crate::base::pool;
+use crate::base::simd::{Level, level};
+use crate::base::tiles::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
+use crate::base::view::{View, forward_strides, swapped, tensor};
+use crate::simd;
+
+type T = FloatTensor<Flex>;
+
+/// Keys per tile.
+pub(super) const KEYS: usize = 64;
+/// Keys per span: what one thread sums up before the parts are joined. A multiple of [`KEYS`].
+const SPAN: usize = 1024;
+/// Queries (times heads that share their keys) per task.
+const QUERIES: usize = 256;
+/// Queries whose scores are in the first-level cache together.
+const STRIPE: usize = 32;
+/// Floats of partial results that a call may keep to spread the spans of few queries over the threads.
+const PARTIALS: usize = 4 << 20;
+
+impl SoftmaxAttentionBackend for Flex {
+    fn softmax_attention(q: T, blocks: KeyValueBlocks<Self>, past: usize) -> T {
+        forward(q, blocks.keys, blocks.values, past, false).0
+    }
+
+    fn softmax_attention_train(q: T, k: T, v: T) -> (T, T) {
+        forward(q, vec![k], vec![v], 0, true)
+    }
+
+    fn softmax_attention_backward(q: T, k: T, v: T, o: T, lse: T, d_o: T) -> (T, T, T) {
+        cpu_backward::backward(q, k, v, o, lse, d_o)
+    }
+}
+
+/// Keys and values of a row, wherever its blocks are cut.
+struct Cache<'a> {
+    keys: Vec<View<'a>>,
+    values: Vec<View<'a>>,
+    /// Position of each block's first key.
+    starts: Vec<usize>,
+    len: usize,
+}
+
+impl<'a> Cache<'a> {
+    fn new(keys: &'a [FlexTensor], values: &'a [FlexTensor]) -> Self {
+        assert_eq!(keys.len(), values.len(), "as many blocks of values as of keys");
+        let mut len = 0;
+        let starts = keys.iter().map(|block| {
+            let start = len;
+            len += block.shape()[2];
+            start
+        });
+        let starts = starts.collect();
+        Cache {
+            keys: keys.iter().map(View::new).collect(),
+            values: values.iter().map(View::new).collect(),
+            starts,
+            len,
+        }
+    }
+
+    /// Block and position in it of the key at position `from`.
+    fn find(&self, from: usize) -> (usize, usize) {
+        let block = self.starts.partition_point(|&start| start <= from) - 1;
+        (block, from - self.starts[block])
+    }
+
+    /// Keys (of the block at least) in block `block`.
+    fn length(&self, block: usize) -> usize {
+        self.starts.get(block + 1).copied().unwrap_or(self.len) - self.starts[block]
+    }
+
+    fn blocks(&self, side: Side) -> &[View<'a>] {
+        match side {
+            Side::Keys => &self.keys,
+            Side::Values => &self.values,
+        }
+    }
+
+    /// Asks for the tile from position `from` on to be brought near.
+    fn prefetch(&self, side: Side, at: (usize, usize), from: usize, dim: usize) {
+        if from < self.len {
+            let (block, inside) = self.find(from);
+            let count = KEYS.min(self.length(block) - inside);
+            self.blocks(side)[block].prefetch(at, inside, count, dim);
+        }
+    }
+
+    /// `count` keys or values from position `from` on as rows of `width` floats: where they lie or else copied to `memory`; and
+    /// the distance of the rows.
+    fn rows<'m>(
+        &self,
+        side: Side,
+        call: &Call,
+        at: (usize, usize),
+        from: usize,
+        count: usize,
+        memory: &'m mut [f32],
+    ) -> (&'m [f32], usize)
+    where
+        'a: 'm,
+    {
+        let blocks = self.blocks(side);
+        let (mut block, mut inside) = self.find(from);
+        // The product reads whole registers.
+        let fits = side == Side::Keys || call.dim == call.width;
+        if fits
+            && inside + count <= self.length(block)
+            && let Some(rows) = blocks[block].in_place(at, inside)
+        {
+            return rows;
+        }
+        let mut done = 0;
+        while done < count {
+            let n = (self.length(block) - inside).min(count - done);
+            let to = &mut memory[done * call.width..];
+            blocks[block].rows(call.level, at, inside, n, call.dim, to, call.width, call.width);
+            done += n;
+            (block, inside) = (block + 1, 0);
+        }
+        (memory, call.width)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Keys,
+    Values,
+}
+
+/// What one task works on: some tokens' queries of the heads that share a key head, token by token.
+struct Task {
+    row: usize,
+    kv_head: usize,
+    /// First token, relative to the call.
+    token: usize,
+    tokens: usize,
+}
+
+struct Call<'a> {
+    level: Level,
+    q: View<'a>,
+    cache: Cache<'a>,
+    past: usize,
+    /// Heads per key head.
+    group: usize,
+    dim: usize,
+    width: usize,
+    scale: f32,
+}
+
+/// Of some queries over some keys: maximum and sum of exponentials of the scores, and the sum over the values.
+struct Partial<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    values: &'a mut [f32],
+}
+
+impl<'a> Partial<'a> {
+    fn words(rows: usize, width: usize) -> usize {
+        rows * (width + 2)
+    }
+
+    /// Over `memory`, as it is.
+    fn over(memory: &'a mut [f32], rows: usize, width: usize) -> Self {
+        let [max, sum, values] = parts(memory, [rows, rows, rows * width]);
+        Partial { max, sum, values }
+    }
+}
+
+impl Call<'_> {
+    fn visible(&self, task: &Task, query: usize) -> usize {
+        self.past + task.token + query / self.group + 1
+    }
+
+    /// Keys that the last query of the task sees.
+    fn most(&self, task: &Task) -> usize {
+        self.past + task.token + task.tokens
+    }
+
+    /// The queries, scaled.
+    fn queries(&self, task: &Task, to: &mut [f32]) {
+        for g in 0..self.group {
+            let at = (task.row, task.kv_head * self.group + g);
+            let row = self.group * self.width;
+            self.q.rows(self.level, at, task.token, task.tokens, self.dim, &mut to[g * self.width..], row, self.width);
+        }
+        to[..task.tokens * self.group * self.width].iter_mut().for_each(|x| *x *= self.scale);
+    }
+
+    /// Words of scratch memory that [`Call::span`] needs.
+    fn span_words(&self) -> usize {
+        2 * KEYS * self.width + self.dim * KEYS + STRIPE * KEYS
+    }
+
+    /// All queries of the task over the keys of span `span`.
+    fn span(&self, task: &Task, span: usize, queries: &[f32], memory: &mut [f32], partial: &mut Partial) {
+        let (width, dim, level) = (self.width, self.dim, self.level);
+        let rows = task.tokens * self.group;
+        let tile = KEYS * width;
+        let [keys, values, keys_t, scores] = parts(memory, [tile, tile, dim * KEYS, STRIPE * KEYS]);
+        partial.max.fill(f32::NEG_INFINITY);
+        partial.sum.fill(0.0);
+        partial.values.fill(0.0);
+        let end = ((span + 1) * SPAN).min(self.most(task));
+        for first in (span * SPAN..end).step_by(KEYS) {
+            let count = KEYS.min(end - first);
+            let at = (task.row, task.kv_head);
+            // With few queries a tile is computed as fast as it comes from memory: these values and the next keys come meanwhile.
+            self.cache.prefetch(Side::Values, at, first, dim);
+            self.cache.prefetch(Side::Keys, at, first + KEYS, dim);
+            let (rows_k, row) = self.cache.rows(Side::Keys, self, at, first, count, keys);
+            transpose(level, count, dim, rows_k, row, keys_t, KEYS);
+            let (rows_v, row_v) = self.cache.rows(Side::Values, self, at, first, count, values);
+            // Queries that see none of these keys come first.
+            let begin = (first.saturating_sub(self.past + task.token) * self.group).min(rows);
+            for from in (begin..rows).step_by(STRIPE) {
+                let n = STRIPE.min(rows - from);
+                let mut counts = [0; STRIPE];
+                for (i, visible) in counts[..n].iter_mut().enumerate() {
+                    *visible = (self.visible(task, from + i) - first).min(count);
+                }
+                let most = counts[n - 1];
+                let size = Size { rows: n, width: padded(most), k: dim };
+                let left = Left { data: &queries[from * width..], row: width, step: 1 };
+                let right = Right { data: keys_t, row: KEYS };
+                product(level, size, Limits::All, left, right, Init::Zero, scores, KEYS);
+                let mut shrink = [0.0; STRIPE];
+                let (max, sum) = (&mut partial.max[from..from + n], &mut partial.sum[from..from + n]);
+                weigh(level, scores, &counts[..n], max, sum, &mut shrink);
+                let left = Left { data: scores, row: KEYS, step: 1 };
+                let (size, right) = (Size { rows: n, width, k: most }, Right { data: rows_v, row: row_v });
+                let sums = &mut partial.values[from * width..];
+                product(level, size, Limits::To(&counts), left, right, Init::Scaled(&shrink), sums, width);
+            }
+        }
+    }
+}
+
+simd! {
+    /// Per row: the new running maximum, `scores` turned into `exp(score - maximum)` (zero from `counts` on), the running sum, and
+    /// in `shrink` what earlier sums are multiplied with.
+    fn weigh(scores: &mut [f32], counts: &[usize], max: &mut [f32], sum: &mut [f32], shrink: &mut [f32; STRIPE]) = weigh_body;
+}
+
+#[inline(always)]
+fn weigh_body<const FMA: bool>(
+    scores: &mut [f32],
+    counts: &[usize],
+    max: &mut [f32],
+    sum: &mut [f32],
+    shrink: &mut [f32; STRIPE],
+) {
+    let mut highest = [0.0_f32; STRIPE];
+    for (i, (&count, line)) in counts.iter().zip(scores.chunks_exact_mut(KEYS)).enumerate() {
+        let line = &mut line[..padded(count)];
+        line[count..].fill(f32::NEG_INFINITY);
+        let mut most = [f32::NEG_INFINITY; LANES];
+        for x in line.chunks_exact(LANES) {
+            for lane in 0..LANES {
+                // A NaN is no maximum; it comes through the exponential.
+                most[lane] = if x[lane] > most[lane] { x[lane] } else { most[lane] };
+            }
+        }
+        let mut half = LANES / 2;
+        while half > 0 {
+            for lane in 0..half {
+                most[lane] = if most[lane + half] > most[lane] { most[lane + half] } else { most[lane] };
+            }
+            half /= 2;
+        }
+        let new = if most[0] > max[i] { most[0] } else { max[i] };
+        // Nothing but -inf so far: the sum stays 0, where -inf - -inf would be NaN.
+        highest[i] = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        shrink[i] = max[i] - highest[i];
+        max[i] = new;
+    }
+    for chunk in shrink[..padded(counts.len())].chunks_exact_mut(LANES) {
+        let mut x = [0.0; LANES];
+        x.copy_from_slice(chunk);
+        chunk.copy_from_slice(&exp::<FMA>(x));
+    }
+    for (i, (&count, line)) in counts.iter().zip(scores.chunks_exact_mut(KEYS)).enumerate() {
+        let mut sums = [0.0_f32; LANES];
+        let highest = highest[i];
+        for chunk in line[..padded(count)].chunks_exact_mut(LANES) {
+            let mut x = [0.0; LANES];
+            for lane in 0..LANES {
+                x[lane] = chunk[lane] - highest;
+            }
+            let x = exp::<FMA>(x);
+            chunk.copy_from_slice(&x);
+            for lane in 0..LANES {
+                sums[lane] += x[lane];
+            }
+        }
+        sum[i] = sum[i] * shrink[i] + total(sums);
+    }
+}
+
+/// The sum of all lanes, always in the same order.
+#[inline(always)]
+pub(super) fn total(mut sums: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            sums[lane] += sums[lane + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+simd! {
+    /// Adds the partial sums of the next span of keys, `row` floats of values per query.
+    fn join(max: &mut [f32], sum: &mut [f32], values: &mut [f32], more: (&[f32], &[f32], &[f32]), row: usize) = join_body;
+}
+
+#[inline(always)]
+fn join_body<const FMA: bool>(
+    max: &mut [f32],
+    sum: &mut [f32],
+    values: &mut [f32],
+    (more_max, more_sum, more_values): (&[f32], &[f32], &[f32]),
+    row: usize,
+) {
+    for i in 0..max.len() {
+        let new = if more_max[i] > max[i] { more_max[i] } else { max[i] };
+        let safe = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        let mut factors = [0.0; LANES];
+        (factors[0], factors[1]) = (max[i] - safe, more_max[i] - safe);
+        let factors = exp::<FMA>(factors);
+        max[i] = new;
+        sum[i] = sum[i] * factors[0] + more_sum[i] * factors[1];
+        for (x, y) in values[i * row..][..row].iter_mut().zip(&more_values[i * row..][..row]) {
+            *x = *x * factors[0] + y * factors[1];
+        }
+    }
+}
+
+/// `o` and, if asked for, the logarithm of each query's sum of exponentials (else an empty tensor).
+fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (T, T) {
+    let [rows, heads, tokens, dim] = q.shape().dims();
+    let q = forward_strides(q);
+    let keys: Vec<FlexTensor> = keys.into_iter().map(forward_strides).collect();
+    let values: Vec<FlexTensor> = values.into_iter().map(forward_strides).collect();
+    let kv_heads = keys[0].shape()[1];
+    let mut o = vec![0.0_f32; rows * tokens * heads * dim];
+    let mut lse = vec![0.0_f32; if want_lse { rows * heads * tokens } else { 0 }];
+    if !o.is_empty() {
+        let group = heads / kv_heads;
+        let call = Call {
+            level: level(),
+            q: View::new(&q),
+            cache: Cache::new(&keys, &values),
+            past,
+            group,
+            dim,
+            width: padded(dim),
+            scale: (1.0 / (dim as f64).sqrt()) as f32,
+        };
+        let each = (QUERIES / group).clamp(1, tokens);
+        let tiles = tokens.div_ceil(each);
+        // The last tokens see the most keys: they begin.
+        let task = |i: usize| {
+            let token = (tiles - 1 - i % tiles) * each;
+            let head = i / tiles;
+            Task { row: head / kv_heads, kv_head: head % kv_heads, token, tokens: each.min(tokens - token) }
+        };
+        let tasks = rows * kv_heads * tiles;
+        let width = call.width;
+        let words = Partial::words(each * group, width);
+        let (o, lse) = (SendPtr(o.as_mut_ptr()), SendPtr(lse.as_mut_ptr()));
+        // SAFETY (of `finish`): `o` and `lse` hold a part for every token and head; each is written by one task.
+        let finish = |task: &Task, sums: &Partial| {
+            for i in 0..task.tokens * group {
+                let (token, head) = (task.token + i / group, task.kv_head * group + i % group);
+                let at = ((task.row * tokens + token) * heads + head) * dim;
+                // SAFETY: as above.
+                let line = unsafe { std::slice::from_raw_parts_mut(o.get().add(at), dim) };
+                for (o, value) in line.iter_mut().zip(&sums.values[i * width..]) {
+                    *o = value / sums.sum[i];
+                }
+                if want_lse {
+                    // SAFETY: as above.
+                    unsafe {
+                        *lse.get().add((task.row * heads + head) * tokens + token) = sums.max[i] + sums.sum[i].ln();
+                    }
+                }
+            }
+        };
+        let spans = |task: &Task| call.most(task).div_ceil(SPAN);
+        let deepest = (past + tokens).div_ceil(SPAN);
+        if deepest > 1 && tasks < 4 * pool::threads() && tasks * deepest * words <= PARTIALS {
+            let mut partials = vec![0.0_f32; tasks * deepest * words];
+            let all = SendPtr(partials.as_mut_ptr());
+            pool::run(tasks * deepest, |i| {
+                let (task, span) = (task(i / deepest), i % deepest);
+                let count = task.tokens * group;
+                if span >= spans(&task) {
+                    return;
+                }
+                scratch(count * width + call.span_words(), |memory| {
+                    let (queries, memory) = memory.split_at_mut(count * width);
+                    call.queries(&task, queries);
+                    // SAFETY: each (task, span) has `words` floats of its own.
+                    let own = unsafe { std::slice::from_raw_parts_mut(all.get().add(i * words), words) };
+                    call.span(&task, span, queries, memory, &mut Partial::over(own, count, width));
+                });
+            });
+            let all = partials.as_mut_ptr();
+            let all = SendPtr(all);
+            let last = |i: usize| {
+                let task = task(i);
+                let count = task.tokens * group;
+                // SAFETY: the task's partial sums, which nobody else touches now.
+                let own =
+                    unsafe { std::slice::from_raw_parts_mut(all.get().add(i * deepest * words), deepest * words) };
+                let (first, rest) = own.split_at_mut(words);
+                let sums = Partial::over(first, count, width);
+                for more in rest.chunks_exact_mut(words).take(spans(&task) - 1) {
+                    let more = Partial::over(more, count, width);
+                    let more = (&*more.max, &*more.sum, &*more.values);
+                    join(call.level, sums.max, sums.sum, sums.values, more, width);
+                }
+                finish(&task, &sums);
+            };
+            if tasks * deepest * words < 1 << 16 { (0..tasks).for_each(last) } else { pool::run(tasks, last) }
+        } else {
+            pool::run(tasks, |i| {
+                let task = task(i);
+                let count = task.tokens * group;
+                let words = Partial::words(count, width);
+                scratch(count * width + call.span_words() + 2 * words, |memory| {
+                    let [queries, sums, more, memory] = parts(memory, [count * width, words, words, call.span_words()]);
+                    call.queries(&task, queries);
+                    let mut sums = Partial::over(sums, count, width);
+                    call.span(&task, 0, queries, memory, &mut sums);
+                    for span in 1..spans(&task) {
+                        let mut more = Partial::over(more, count, width);
+                        call.span(&task, span, queries, memory, &mut more);
+                        let more = (&*more.max, &*more.sum, &*more.values);
+                        join(call.level, sums.max, sums.sum, sums.values, more, width);
+                    }
+                    finish(&task, &sums);
+                });
+            });
+        }
+    }
+    let lse_shape = if want_lse { [rows, heads, tokens] } else { [0; 3] };
+    (swapped(tensor(o, [rows, tokens, heads, dim])), tensor(lse, lse_shape))
+}

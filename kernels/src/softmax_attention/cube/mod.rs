@@ -1,0 +1,310 @@
+//! CubeCL: one source for CUDA and wgpu.
+//!
+//! q, keys and values may be f32, f16 or bf16, of any strides; `o` is f32. Scores, maxima and sums are f32; products of f32
+//! stay f32, those of f16 and bf16 go to the tensor cores where the device has them for that type (the backward pass: for
+//! bf16, whose range a gradient needs). Burn's own kernels are not used: their tiles are f16 whatever comes in.
+//!
+//! Launches: one for a text by itself; one for each [`pairs`] blocks of a cache, and one more to join pieces when a few
+//! queries meet a long cache; three backward.
+
+pub mod attend;
+pub mod backward;
+
+use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+use cubecl::zspace::metadata::Metadata;
+
+use self::attend::{Attend, Finish, Split, softmax_attend, softmax_join};
+use self::backward::{Backward, softmax_backward_keys, softmax_backward_queries, softmax_backward_rows};
+use super::{KeyValueBlocks, KeyValues, SoftmaxAttentionBackend};
+use crate::base::cube::{Limits, addresses, empty, empty_tokens_first, has_fragments, limits, packed_rows, stored};
+
+/// Keys per piece when a cache is split.
+const PIECE: usize = 256;
+
+/// Cubes that keep a device busy: fewer, and a long cache is split.
+const BUSY: usize = 128;
+
+/// Whether the kernels take these: on a cube device, in f32, f16 or bf16, with tiles for this size of head that fit.
+pub fn takes(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
+    let [rows, heads, _, dim] = q.dims();
+    let Some(first) = blocks.first() else { return false };
+    let (dtype, kv_heads) = (first.keys.dtype(), first.keys.dims()[1]);
+    let alike = |x: &Tensor<4>| x.dtype() == dtype && x.dims()[1] == kv_heads;
+    stored(q.dtype())
+        && stored(dtype)
+        && kv_heads > 0
+        && blocks.iter().all(|block| alike(&block.keys) && alike(&block.values))
+        && rows.max(heads) <= u16::MAX as usize
+        && limits(q).is_some_and(|limits| {
+            let group = heads / kv_heads;
+            Attend::fitting(&limits, dim, group, 64, false).is_some()
+                && Backward::fitting(&limits, dim, group, false).is_some()
+        })
+}
+
+/// Blocks of keys and values that one launch binds, beside the queries, the outputs and the statistics.
+pub fn pairs(bindings: usize) -> usize {
+    (bindings.saturating_sub(3) / 2).clamp(1, 4)
+}
+
+fn attend_for(client: &Client, q: &CubeTensor, keys: &CubeTensor, total: usize) -> (Attend, DType) {
+    let limits = Limits::of(client);
+    let [_, heads, _, dim] = q.meta.shape().dims::<4>();
+    let group = heads / keys.meta.shape()[1];
+    let fragments = q.dtype == keys.dtype && has_fragments(client, q.dtype);
+    fragments
+        .then(|| Attend::fitting(&limits, dim, group, total, true))
+        .flatten()
+        .map(|p| (p, q.dtype))
+        .or_else(|| Attend::fitting(&limits, dim, group, total, false).map(|p| (p, DType::F32)))
+        .unwrap_or_else(|| panic!("no tiles for heads of {dim} in {limits:?}: see `takes`"))
+}
+
+/// What a launch is given beside its plan.
+struct Call<'a> {
+    q: &'a CubeTensor,
+    /// `[slots, rows, heads, tokens, dim]`.
+    out: &'a CubeTensor,
+    stats: &'a CubeTensor,
+    past: usize,
+    operand: DType,
+}
+
+/// One launch over some blocks, the first of which begins at position `from`.
+fn launch(call: &Call, keys: &[CubeTensor], values: &[CubeTensor], p: Attend, cubes: usize, from: usize, slot: usize) {
+    let Call { q, out, stats, past, operand } = call;
+    let [rows, heads, _, _] = q.meta.shape().dims::<4>();
+    let list = |blocks: &[CubeTensor]| {
+        let mut list = SequenceArg::new();
+        blocks.iter().for_each(|x| list.push(x.clone().into_tensor_arg()));
+        list
+    };
+    let all: Vec<&CubeTensor> = keys.iter().chain(values).chain([*q, *out, *stats]).collect();
+    let types = [q.dtype, keys[0].dtype, *operand].map(dtype_to_storage_type);
+    // SAFETY: every index is made from the shapes of these tensors; keys and values of a block are equally many, and cubes
+    // are (tiles of queries or pieces of keys, key heads, rows).
+    unsafe {
+        softmax_attend::launch_unchecked(
+            &q.client,
+            CubeCount::Static(cubes as u32, (heads / p.group) as u32, rows as u32),
+            CubeDim::new_1d(p.team.units as u32),
+            addresses(&all),
+            (*q).clone().into_tensor_arg(),
+            list(keys),
+            list(values),
+            (*out).clone().into_tensor_arg(),
+            (*stats).clone().into_tensor_arg(),
+            *past as u32,
+            from as u32,
+            slot as u32,
+            Attend { blocks: keys.len(), ..p },
+            types,
+        );
+    }
+}
+
+/// `[rows, heads, tokens, dim]` as the one slot of `[1, rows, heads, tokens, dim]`.
+fn one_slot(x: &CubeTensor) -> CubeTensor {
+    let mut slot = x.clone();
+    let [rows, heads, tokens, dim] = x.meta.shape().dims::<4>();
+    let strides = x.meta.strides();
+    let strides = [0, strides[0], strides[1], strides[2], strides[3]];
+    slot.meta = Box::new(Metadata::new([1, rows, heads, tokens, dim], strides));
+    slot
+}
+
+/// Output and, if wanted, the logarithms of the sums.
+fn forward(
+    q: &CubeTensor,
+    keys: &[CubeTensor],
+    values: &[CubeTensor],
+    past: usize,
+    log_sum: bool,
+) -> (CubeTensor, CubeTensor) {
+    let [rows, heads, tokens, dim] = q.meta.shape().dims::<4>();
+    let q = &packed_rows(q);
+    let (keys, values): (Vec<_>, Vec<_>) =
+        keys.iter().zip(values).map(|(k, v)| (packed_rows(k), packed_rows(v))).unzip();
+    let o = empty_tokens_first(q, [rows, heads, tokens, dim], DType::F32);
+    let lengths: Vec<usize> = keys.iter().map(|block| block.meta.shape()[2]).collect();
+    let whole = keys.len() == 1;
+    let width = if whole && log_sum { vec![rows, heads, tokens] } else { vec![1, rows, heads, tokens, 2] };
+    if rows * heads * tokens * dim == 0 {
+        return (o, empty(q, &width, DType::F32));
+    }
+    let kv_heads = keys[0].meta.shape()[1];
+    let (p, operand) = attend_for(&q.client, q, &keys[0], heads / kv_heads * tokens);
+    let tiles = (p.group * tokens).div_ceil(p.queries);
+    let pairs = pairs(q.client.properties().hardware.max_bindings as usize);
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+
+    let all: usize = lengths.iter().sum();
+    let split = !log_sum && tiles == 1 && kv_heads * rows < BUSY && all > PIECE;
+    if split {
+        let pieces = longest.div_ceil(PIECE);
+        let slots = lengths.len() * pieces;
+        let parts = empty(q, &[slots, rows, heads, tokens, dim], DType::F32);
+        let stats = empty(q, &[slots, rows, heads, tokens, 2], DType::F32);
+        let call = Call { q, out: &parts, stats: &stats, past, operand };
+        let p = Attend { split: Split::Pieces(PIECE), finish: Finish::Partial, ..p };
+        let (mut from, mut slot) = (0, 0);
+        for (keys, values) in keys.chunks(pairs).zip(values.chunks(pairs)) {
+            // A launch counts pieces by its own longest block: slots in order, without gaps.
+            let longest = keys.iter().map(|block| block.meta.shape()[2]).max().unwrap_or(0);
+            let cubes = keys.len() * longest.div_ceil(PIECE);
+            launch(&call, keys, values, p, cubes, from, slot);
+            from += keys.iter().map(|block| block.meta.shape()[2]).sum::<usize>();
+            slot += cubes;
+        }
+        join(parts, stats, &o, slot, p.team.units.min(dim.next_power_of_two()));
+        return (o, empty(q, &[1], DType::F32));
+    }
+
+    let stats = empty(q, &width, DType::F32);
+    let out = one_slot(&o);
+    let call = Call { q, out: &out, stats: &stats, past, operand };
+    let launches = keys.len().div_ceil(pairs);
+    let mut from = 0;
+    for (n, (keys, values)) in keys.chunks(pairs).zip(values.chunks(pairs)).enumerate() {
+        let finish = match n + 1 == launches {
+            false => Finish::Partial,
+            true if log_sum => Finish::OutputAndLogSum,
+            true => Finish::Output,
+        };
+        launch(&call, keys, values, Attend { resume: n > 0, finish, ..p }, tiles, from, 0);
+        from += keys.iter().map(|block| block.meta.shape()[2]).sum::<usize>();
+    }
+    (o, stats)
+}
+
+/// Joins the first `slots` of `parts` into `o`.
+fn join(mut parts: CubeTensor, stats: CubeTensor, o: &CubeTensor, slots: usize, units: usize) {
+    let [rows, heads, tokens, dim] = o.meta.shape().dims::<4>();
+    let strides = parts.meta.strides().clone();
+    parts.meta = Box::new(Metadata::new([slots, rows, heads, tokens, dim], strides));
+    // SAFETY: cubes are (tokens, heads, rows) of `o`, and slots are those of `parts` and `stats`.
+    unsafe {
+        softmax_join::launch_unchecked(
+            &o.client,
+            CubeCount::Static(tokens as u32, heads as u32, rows as u32),
+            CubeDim::new_1d(units as u32),
+            addresses(&[&parts, &stats, o]),
+            parts.into_tensor_arg(),
+            stats.into_tensor_arg(),
+            o.clone().into_tensor_arg(),
+            dim,
+            units,
+        );
+    }
+}
+
+type T = FloatTensor<CubeBackend>;
+
+impl SoftmaxAttentionBackend for CubeBackend {
+    fn softmax_attention(q: T, blocks: KeyValueBlocks<Self>, past: usize) -> T {
+        // Blocks without a key, and those behind the last query, have nothing to say.
+        let end = past + q.meta.shape()[2];
+        let mut from = 0;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (k, v) in blocks.keys.into_iter().zip(blocks.values) {
+            let length = k.meta.shape()[2];
+            if length > 0 && from < end {
+                keys.push(k);
+                values.push(v);
+            }
+            from += length;
+        }
+        forward(&q, &keys, &values, past, false).0
+    }
+
+    fn softmax_attention_train(q: T, k: T, v: T) -> (T, T) {
+        forward(&q, &[k], &[v], 0, true)
+    }
+
+    fn softmax_attention_backward(q: T, k: T, v: T, o: T, lse: T, d_o: T) -> (T, T, T) {
+        let [rows, heads, tokens, dim] = q.meta.shape().dims::<4>();
+        let kv_heads = k.meta.shape()[1];
+        let gradient = |x: &CubeTensor| empty_tokens_first(x, x.meta.shape().dims::<4>(), x.dtype);
+        let (d_q, d_k, d_v) = (gradient(&q), gradient(&k), gradient(&v));
+        if rows * heads * tokens * dim == 0 {
+            return (d_q, d_k, d_v);
+        }
+        let [q, k, v, o, d_o] = [q, k, v, o, d_o].map(|x| packed_rows(&x));
+        let client = q.client.clone();
+        let limits = Limits::of(&client);
+        let group = heads / kv_heads;
+        let fragments = q.dtype != DType::F32 && has_fragments(&client, DType::BF16);
+        let p = fragments
+            .then(|| Backward::fitting(&limits, dim, group, true))
+            .flatten()
+            .or_else(|| Backward::fitting(&limits, dim, group, false))
+            .unwrap_or_else(|| panic!("no tiles for heads of {dim} in {limits:?}: see `takes`"));
+        let operand = if p.team.plane > 0 { DType::BF16 } else { DType::F32 };
+        let types = [q.dtype, operand].map(dtype_to_storage_type);
+        let stats = empty(&q, &[rows, heads, tokens, 2], DType::F32);
+        let queries = rows * heads * tokens;
+        let cubes = |tiles: usize| CubeCount::Static(tiles as u32, kv_heads as u32, rows as u32);
+        let units = CubeDim::new_1d(p.team.units as u32);
+        let address = addresses(&[&q, &k, &v, &o, &d_o, &stats]);
+        // SAFETY: every index is made from the shapes of these tensors, which agree; cubes are (tiles, key heads, rows).
+        unsafe {
+            softmax_backward_rows::launch_unchecked(
+                &client,
+                CubeCount::Static(queries.div_ceil(p.team.units) as u32, 1, 1),
+                units,
+                address,
+                o.into_tensor_arg(),
+                d_o.clone().into_tensor_arg(),
+                into_contiguous(lse).into_tensor_arg(),
+                stats.clone().into_tensor_arg(),
+                dim,
+            );
+            softmax_backward_queries::launch_unchecked(
+                &client,
+                cubes((group * tokens).div_ceil(p.queries)),
+                units,
+                address,
+                q.clone().into_tensor_arg(),
+                k.clone().into_tensor_arg(),
+                v.clone().into_tensor_arg(),
+                d_o.clone().into_tensor_arg(),
+                stats.clone().into_tensor_arg(),
+                d_q.clone().into_tensor_arg(),
+                p,
+                types,
+            );
+            softmax_backward_keys::launch_unchecked(
+                &client,
+                cubes(tokens.div_ceil(p.keys)),
+                units,
+                address,
+                q.into_tensor_arg(),
+                k.into_tensor_arg(),
+                v.into_tensor_arg(),
+                d_o.into_tensor_arg(),
+                stats.into_tensor_arg(),
+                d_k.clone().into_tensor_arg(),
+                d_v.clone().into_tensor_arg(),
+                p,
+                types,
+            );
+        }
+        (d_q, d_k, d_v)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn launches_bind_what_the_device_allows() {
+        assert_eq!(super::pairs(7), 2);
+        assert_eq!(super::pairs(64), 4);
+        assert_eq!(super::pairs(4), 1);
+    }
+}

@@ -1,0 +1,223 @@
+//! The fast paths on Flex against the reference, and what is promised about bits.
+
+use burn::tensor::{DType, Device, Distribution, Tensor};
+
+use super::{KeyValues, reference, softmax_attention};
+use crate::base::pool::with_threads;
+use crate::base::simd::{levels, with_level};
+
+fn normal(shape: [usize; 4], device: &Device) -> Tensor<4> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.2), device)
+}
+
+fn host(x: Tensor<4>) -> Vec<f32> {
+    x.try_into_vec_as::<f32>().unwrap()
+}
+
+fn bits(x: &Tensor<4>) -> Vec<u32> {
+    host(x.clone()).into_iter().map(f32::to_bits).collect()
+}
+
+/// Differences count in units of the expected value and of all values' root mean square.
+#[track_caller]
+fn close(what: &str, got: &Tensor<4>, expected: &Tensor<4>) {
+    assert_eq!(got.dims(), expected.dims(), "{what}");
+    let (got, expected) = (host(got.clone()), host(expected.clone()));
+    let norm = (expected.iter().map(|x| (x * x) as f64).sum::<f64>() / expected.len().max(1) as f64).sqrt();
+    for (i, (g, e)) in got.iter().zip(&expected).enumerate() {
+        assert!(
+            ((g - e).abs() as f64) < 2e-5 * (norm.max(0.5) + e.abs() as f64),
+            "{what} at {i}: {g} is not {e} (norm {norm})"
+        );
+    }
+}
+
+/// Blocks of `size` keys; the last one is what is left.
+fn cut(k: &Tensor<4>, v: &Tensor<4>, size: usize) -> Vec<KeyValues> {
+    let all = k.dims()[2];
+    (0..all)
+        .step_by(size)
+        .map(|start| {
+            let n = size.min(all - start);
+            KeyValues { keys: k.clone().narrow(2, start, n), values: v.clone().narrow(2, start, n) }
+        })
+        .collect()
+}
+
+/// q, k, v of `tokens` queries after `past` tokens; q is a view with its heads side by side, as projections come.
+fn draw(rows: usize, heads: [usize; 2], tokens: usize, past: usize, dim: usize) -> [Tensor<4>; 3] {
+    let device = Device::flex();
+    let q = normal([rows, tokens, heads[0], dim], &device).swap_dims(1, 2);
+    let kv = || normal([rows, heads[1], past + tokens, dim], &device);
+    [q, kv(), kv()]
+}
+
+#[test]
+fn blocks_equal_the_reference_at_odd_sizes() {
+    for level in levels() {
+        for (heads, dim) in [([4, 2], 64), ([3, 1], 32), ([2, 2], 96), ([6, 2], 128), ([5, 1], 23)] {
+            for (tokens, past, size) in
+                [(1, 0, 4), (1, 13, 5), (63, 0, 256), (65, 64, 64), (17, 1100, 256), (300, 3, 97)]
+            {
+                let [q, k, v] = draw(2, heads, tokens, past, dim);
+                let blocks = cut(&k, &v, size);
+                let got = with_level(level, || softmax_attention(q.clone(), &blocks, past));
+                let expected = reference::softmax_attention(q, &blocks, past);
+                close(&format!("{level:?} {heads:?} {dim} {tokens} {past} {size}"), &got, &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_keys_and_values_are_read_as_they_are() {
+    let [q, k, v] = draw(1, [4, 2], 9, 150, 32);
+    let (k, v) = (k.cast(DType::BF16), v.cast(DType::BF16));
+    let got = softmax_attention(q.clone(), &cut(&k, &v, 64), 150);
+    let widened = cut(&k.clone().cast(DType::F32), &v.clone().cast(DType::F32), 64);
+    assert_eq!(bits(&got), bits(&softmax_attention(q.clone(), &widened, 150)));
+    close("bf16", &got, &reference::softmax_attention(q, &cut(&k, &v, 64), 150));
+}
+
+#[test]
+fn strides_of_any_kind() {
+    let device = Device::flex();
+    let q = normal([16, 4, 70, 2], &device).permute([3, 1, 2, 0]);
+    let k = normal([2, 70, 2, 16], &device).swap_dims(1, 2);
+    let v = normal([2, 2, 70, 16], &device).flip([3]);
+    let got = softmax_attention(q.clone(), &cut(&k, &v, 33), 0);
+    close("strides", &got, &reference::softmax_attention(q, &cut(&k, &v, 33), 0));
+}
+
+#[test]
+fn a_token_has_the_same_bits_however_the_text_is_cut() {
+    for level in levels() {
+        with_level(level, || {
+            let (rows, all) = (2, 2300);
+            let [q, k, v] = draw(rows, [4, 2], all, 0, 16);
+            let whole = softmax_attention(q.clone(), &cut(&k, &v, 256), 0);
+            // Chunks, single tokens (decode), other blocks, keys beyond the last query, one row alone, other threads.
+            for (from, n, size, beyond) in [
+                (0, 1000, 256, 0),
+                (1000, 1, 256, 0),
+                (1001, 70, 100, 0),
+                (2299, 1, 999, 0),
+                (2040, 20, 256, 50),
+                (63, 2, 7, 5),
+            ] {
+                let part = |x: &Tensor<4>, from: usize, to: usize| x.clone().narrow(2, from, to - from);
+                let seen = from + n + beyond;
+                let blocks = cut(&part(&k, 0, seen), &part(&v, 0, seen), size);
+                let queries = part(&q, from, from + n);
+                for threads in [1, 4] {
+                    let got = with_threads(threads, || softmax_attention(queries.clone(), &blocks, from));
+                    assert_eq!(bits(&got), bits(&part(&whole, from, from + n)), "{level:?} from {from}, {n} tokens");
+                }
+                let row = |x: &Tensor<4>| x.clone().narrow(0, 1, 1);
+                let own: Vec<KeyValues> =
+                    blocks.iter().map(|b| KeyValues { keys: row(&b.keys), values: row(&b.values) }).collect();
+                let got = softmax_attention(row(&queries), &own, from);
+                assert_eq!(bits(&got), bits(&row(&part(&whole, from, from + n))));
+            }
+        });
+    }
+}
+
+#[test]
+fn nan_and_infinity_stay_where_they_belong() {
+    let device = Device::flex();
+    let (tokens, dim) = (150, 16);
+    let [q, k, v] = draw(2, [4, 2], tokens, 0, dim);
+    let run = |q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>| softmax_attention(q.clone(), &cut(k, v, 64), 0);
+    let clean = run(&q, &k, &v);
+    let fill = |heads: usize, value: f32| Tensor::full([1, heads, 1, dim], value, &device);
+    for at in [0, 63, 64, 100] {
+        let before = |x: &Tensor<4>| bits(&x.clone().narrow(0, 1, 1).narrow(2, 0, at));
+        let bad = q.clone().slice_assign([1..2, 0..4, at..at + 1, 0..dim], fill(4, f32::NAN));
+        let got = run(&bad, &k, &v);
+        for token in 0..tokens {
+            let of = |x: &Tensor<4>| x.clone().narrow(0, 1, 1).narrow(2, token, 1);
+            if token == at {
+                assert!(host(of(&got)).iter().all(|x| x.is_nan()));
+            } else {
+                assert_eq!(bits(&of(&got)), bits(&of(&clean)), "a query's NaN is its own");
+            }
+        }
+        for (bad_k, bad_v) in [(true, false), (false, true)] {
+            let spoil = |x: &Tensor<4>, yes: bool| {
+                if yes {
+                    x.clone().slice_assign([1..2, 0..2, at..at + 1, 0..dim], fill(2, f32::NAN))
+                } else {
+                    x.clone()
+                }
+            };
+            let got = run(&q, &spoil(&k, bad_k), &spoil(&v, bad_v));
+            assert_eq!(bits(&got.clone().narrow(0, 0, 1)), bits(&clean.clone().narrow(0, 0, 1)));
+            if at > 0 {
+                assert_eq!(before(&got), before(&clean), "token {at} is not seen before it");
+            }
+            assert!(host(got.narrow(0, 1, 1).narrow(2, at, tokens - at)).iter().all(|x| x.is_nan()));
+        }
+        // A key so far away that its score is -inf weighs nothing, wherever it stands: among other keys it is as if absent.
+        if at > 0 {
+            let ones = Tensor::ones([2, 4, tokens, dim], &device);
+            let far = k.clone().slice_assign([1..2, 0..2, at..at + 1, 0..dim], fill(2, f32::NEG_INFINITY));
+            assert!(host(run(&ones, &far, &v)).iter().all(|x| x.is_finite()));
+        }
+    }
+    // A whole tile at -inf comes first.
+    let ones = Tensor::ones([2, 4, tokens, dim], &device);
+    let far =
+        k.clone().slice_assign([0..2, 0..2, 0..64, 0..dim], Tensor::full([2, 2, 64, dim], f32::NEG_INFINITY, &device));
+    let got = run(&ones, &far, &v);
+    assert!(host(got.clone().narrow(2, 64, tokens - 64)).iter().all(|x| x.is_finite()));
+    assert!(host(got.narrow(2, 0, 64)).iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn nothing_in_nothing_out() {
+    for (rows, tokens, past) in [(0, 3, 0), (1, 0, 5), (2, 0, 0)] {
+        let [q, k, v] = draw(rows, [4, 2], tokens, past, 16);
+        let o = softmax_attention(q, &[KeyValues { keys: k, values: v }], past);
+        assert_eq!(o.dims(), [rows, 4, tokens, 16]);
+    }
+}
+
+#[test]
+fn gradients_equal_those_of_the_reference() {
+    let device = Device::flex().autodiff();
+    for level in levels() {
+        for (heads, dim) in [([4, 2], 64), ([3, 1], 32), ([2, 2], 96), ([4, 1], 128), ([5, 1], 23), ([70, 1], 8)] {
+            for (tokens, block) in [(1, 256), (63, 256), (130, 64), (65, 30)] {
+                let draw = |heads: usize| normal([2, heads, tokens, dim], &device).require_grad();
+                let (q, k, v) = (draw(heads[0]), draw(heads[1]), draw(heads[1]));
+                let weight = normal([2, heads[0], tokens, dim], &device);
+                let grads = |fast: bool| {
+                    let run = if fast { softmax_attention } else { reference::softmax_attention };
+                    let o = run(q.clone(), &cut(&k, &v, block), 0);
+                    let grads = (o.clone() * weight.clone()).sum().backward();
+                    [o.inner(), q.grad(&grads).unwrap(), k.grad(&grads).unwrap(), v.grad(&grads).unwrap()]
+                };
+                let (got, expected) = (with_level(level, || grads(true)), grads(false));
+                for (name, (got, expected)) in ["o", "q", "k", "v"].iter().zip(got.iter().zip(&expected)) {
+                    close(&format!("{level:?} {heads:?} {dim} {tokens} d_{name}"), got, expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_have_the_same_bits_on_any_number_of_threads() {
+    let device = Device::flex().autodiff();
+    let draw = |heads: usize| normal([2, heads, 100, 16], &device).require_grad();
+    let (q, k, v) = (draw(4), draw(2), draw(2));
+    let run = |threads: usize| {
+        with_threads(threads, || {
+            let o = softmax_attention(q.clone(), &cut(&k, &v, 256), 0);
+            let grads = o.powi_scalar(2).sum().backward();
+            [&q, &k, &v].map(|x| bits(&x.grad(&grads).unwrap()))
+        })
+    };
+    assert_eq!(run(1), run(3));
+}

@@ -1,0 +1,370 @@
+//! The CubeCL kernels of linear, experts, the row operations and log_prob on wgpu against the references on Flex.
+//!
+//! `M1_REQUIRE_WGPU=1` demands a driver; elsewhere the tests say that they skip.
+#![cfg(feature = "wgpu")]
+
+use burn::tensor::{Device, DeviceKind, Distribution, Tensor, TensorData};
+use m1_kernels::experts::{self, ExpertsWeights, Routing};
+use m1_kernels::{linear, log_prob, rms_norm, rotary, silu};
+
+fn wgpu() -> Option<Device> {
+    if std::env::var("M1_REQUIRE_WGPU").is_ok_and(|v| v == "1") {
+        return Some(Device::wgpu(DeviceKind::DefaultDevice));
+    }
+    eprintln!("SKIPPED: set M1_REQUIRE_WGPU=1 to run the kernels on wgpu");
+    None
+}
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+}
+
+fn to<const D: usize>(x: &Tensor<D>, device: &Device) -> Tensor<D> {
+    Tensor::from_data(x.to_data(), device)
+}
+
+fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
+    x.to_data().iter::<f32>().collect()
+}
+
+/// Largest difference relative to the root mean square of what is wanted; NaN is equal to NaN alone.
+#[track_caller]
+fn close<const D: usize>(name: &str, got: &Tensor<D>, want: &Tensor<D>, tolerance: f32) {
+    assert_eq!(got.dims(), want.dims(), "{name}");
+    let (got, want) = (values(got), values(want));
+    let finite: Vec<f32> = want.iter().copied().filter(|x| x.is_finite()).collect();
+    let scale = (finite.iter().map(|x| x * x).sum::<f32>() / finite.len().max(1) as f32).sqrt().max(0.1);
+    for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+        assert!(g.is_nan() == w.is_nan(), "{name}: {g} for {w} at {i}");
+        assert!(
+            w.is_nan() || (g - w).abs() <= tolerance * scale.max(w.abs()),
+            "{name}: {g} for {w} at {i} (scale {scale})"
+        );
+    }
+}
+
+/// Runs `f` forward and backward on the device and on Flex (`reference`) from the same inputs, and compares the result
+/// and every gradient.
+#[track_caller]
+fn compare<const D: usize>(
+    name: &str,
+    inputs: &[Tensor<D>],
+    tolerance: f32,
+    f: impl Fn(&[Tensor<D>], &Device) -> Tensor<2>,
+    reference: impl Fn(&[Tensor<D>], &Device) -> Tensor<2>,
+    device: &Device,
+) {
+    let run = |device: &Device, f: &dyn Fn(&[Tensor<D>], &Device) -> Tensor<2>, weights: Option<&Tensor<2>>| {
+        let device = device.clone().autodiff();
+        let inputs: Vec<_> = inputs.iter().map(|x| to(x, &device).require_grad()).collect();
+        let y = f(&inputs, &device);
+        let weights = weights.map_or_else(|| random(y.dims()), Clone::clone);
+        let gradients = (y.clone() * to(&weights, &device)).sum().backward();
+        let gradients: Vec<_> =
+            inputs.iter().map(|x| x.grad(&gradients).expect("a gradient for every input")).collect();
+        (y, gradients, weights)
+    };
+    let (want, want_gradients, weights) = run(&Device::flex(), &reference, None);
+    let (got, gradients, _) = run(device, &f, Some(&weights));
+    close(name, &got, &want, tolerance);
+    for (i, (got, want)) in gradients.iter().zip(&want_gradients).enumerate() {
+        close(&format!("{name}, gradient {i}"), got, want, tolerance);
+    }
+}
+
+#[test]
+fn row_operations_equal_the_reference() {
+    let Some(device) = wgpu() else { return };
+    for (n, dim) in [(1, 1), (3, 7), (5, 64), (2, 130), (7, 1028)] {
+        let weight = random([1, dim]);
+        let w = |x: &Tensor<2>| x.clone().reshape([dim]);
+        let draw = || random([n, dim]);
+        compare(
+            "rms_norm",
+            &[draw(), weight.clone()],
+            1e-5,
+            |x, _| rms_norm::rms_norm(x[0].clone(), w(&x[1]), 1e-5),
+            |x, _| rms_norm::reference::rms_norm(x[0].clone(), w(&x[1]), 1e-5),
+            &device,
+        );
+        compare(
+            "add_rms_norm",
+            &[draw(), draw(), weight.clone()],
+            1e-5,
+            |x, _| {
+                let (s, y) = rms_norm::add_rms_norm(x[0].clone(), x[1].clone(), w(&x[2]), 3.5, 0.5, 1e-5);
+                Tensor::cat(vec![s, y], 1)
+            },
+            |x, _| {
+                let (s, y) = rms_norm::reference::add_rms_norm(x[0].clone(), x[1].clone(), w(&x[2]), 3.5, 0.5, 1e-5);
+                Tensor::cat(vec![s, y], 1)
+            },
+            &device,
+        );
+        compare(
+            "gated_rms_norm",
+            &[draw(), draw(), weight.clone()],
+            1e-5,
+            |x, _| rms_norm::gated_rms_norm(x[0].clone(), x[1].clone(), w(&x[2]), 1e-6),
+            |x, _| rms_norm::reference::gated_rms_norm(x[0].clone(), x[1].clone(), w(&x[2]), 1e-6),
+            &device,
+        );
+        compare(
+            "silu",
+            &[draw() * 20.0],
+            1e-5,
+            |x, _| silu::silu(x[0].clone()),
+            |x, _| silu::reference::silu(x[0].clone()),
+            &device,
+        );
+    }
+    for (tokens, heads, dim, rotary_dim) in [(1, 1, 2, 2), (5, 3, 96, 48), (3, 2, 128, 64), (2, 5, 64, 64)] {
+        let positions: Vec<usize> = (0..tokens).map(|t| 1_000_000 + 7 * t).collect();
+        let flat = |x: Tensor<3>| x.reshape([tokens, heads * dim]);
+        compare(
+            "rotary",
+            &[random([tokens, heads, dim])],
+            1e-5,
+            |x, d| flat(rotary::rotary(x[0].clone(), &rotary::Rotation::new(&positions, rotary_dim, 1e7, d))),
+            |x, d| {
+                flat(rotary::reference::rotary(x[0].clone(), &rotary::Rotation::new(&positions, rotary_dim, 1e7, d)))
+            },
+            &device,
+        );
+    }
+}
+
+#[test]
+fn row_operations_take_views_nothing_and_nan() {
+    let Some(device) = wgpu() else { return };
+    let weight = random([33]);
+    let wide = random([9, 70]);
+    let view = |x: &Tensor<2>| x.clone().narrow(1, 5, 33).narrow(0, 2, 6);
+    let on = to(&wide, &device);
+    close(
+        "rms_norm of a view",
+        &rms_norm::rms_norm(view(&on), to(&weight, &device), 1e-5),
+        &rms_norm::reference::rms_norm(view(&wide), weight.clone(), 1e-5),
+        1e-5,
+    );
+    close("silu of a view", &silu::silu(view(&on).transpose()), &silu::reference::silu(view(&wide).transpose()), 1e-5);
+    // heads narrowed out of a wider projection
+    let qkv = random([4, 3 * 5 * 8]);
+    let heads = |x: &Tensor<2>| x.clone().reshape([4, 5, 24]).narrow(2, 8, 8);
+    let turn = |d: &Device| rotary::Rotation::new(&[3, 1, 4, 1], 4, 1e4, d);
+    close(
+        "rotary of a view",
+        &rotary::rotary(heads(&to(&qkv, &device)), &turn(&device)),
+        &rotary::reference::rotary(heads(&qkv), &turn(&Device::flex())),
+        1e-5,
+    );
+
+    let empty = Tensor::<2>::zeros([0, 33], &device);
+    assert_eq!(rms_norm::rms_norm(empty.clone(), to(&weight, &device), 1e-5).dims(), [0, 33]);
+    let (s, y) = rms_norm::add_rms_norm(empty.clone(), empty.clone(), to(&weight, &device), 1.0, 1.0, 1e-5);
+    assert_eq!((s.dims(), y.dims()), ([0, 33], [0, 33]));
+    assert_eq!(silu::silu(empty).dims(), [0, 33]);
+
+    let mut broken = values(&random([5, 33]));
+    broken[2 * 33 + 7] = f32::NAN;
+    let broken = Tensor::<2>::from_data(TensorData::new(broken, [5, 33]), &Device::flex());
+    let got = rms_norm::rms_norm(to(&broken, &device), to(&weight, &device), 1e-5);
+    for (row, values) in values(&got).chunks(33).enumerate() {
+        assert_eq!(values.iter().all(|x| x.is_nan()), row == 2, "row {row}: {values:?}");
+        assert_eq!(values.iter().any(|x| x.is_nan()), row == 2, "row {row}: {values:?}");
+    }
+}
+
+/// x, shares, w1, w2, w3 as experts takes them, each flattened to two dimensions.
+struct Mixture {
+    tokens: usize,
+    hidden: usize,
+    ffn: usize,
+    experts: usize,
+    k: usize,
+    choices: Vec<u32>,
+}
+
+impl Mixture {
+    fn inputs(&self) -> Vec<Tensor<2>> {
+        let (n, h, f) = (self.experts, self.hidden, self.ffn);
+        let shares = random([self.tokens, self.k]).abs();
+        let scale = 1.0 / (h as f32).sqrt();
+        vec![
+            random([self.tokens, h]),
+            shares,
+            random([n * f, h]) * scale,
+            random([n * h, f]),
+            random([n * f, h]) * scale,
+        ]
+    }
+
+    fn weights(&self, x: &[Tensor<2>]) -> (Routing, ExpertsWeights) {
+        let (n, h, f) = (self.experts, self.hidden, self.ffn);
+        let weights = ExpertsWeights {
+            w1: x[2].clone().reshape([n, f, h]).into(),
+            w2: x[3].clone().reshape([n, h, f]).into(),
+            w3: x[4].clone().reshape([n, f, h]).into(),
+        };
+        (Routing { choices: self.choices.clone().into(), shares: x[1].clone() }, weights)
+    }
+
+    fn run(&self, x: &[Tensor<2>]) -> Tensor<2> {
+        let (routing, weights) = self.weights(x);
+        experts::experts(x[0].clone(), &routing, &weights)
+    }
+
+    fn reference(&self, x: &[Tensor<2>]) -> Tensor<2> {
+        let (routing, weights) = self.weights(x);
+        experts::reference::experts(x[0].clone(), &routing, &weights)
+    }
+}
+
+/// Choices that leave some experts out and crowd others.
+fn choices(tokens: usize, experts: usize, k: usize, crowd: bool) -> Vec<u32> {
+    (0..tokens)
+        .flat_map(|t| {
+            let first = if crowd { 1 } else { t * 7 + 3 };
+            (0..k).map(move |rank| ((first + rank * 2) % experts) as u32)
+        })
+        .collect()
+}
+
+#[test]
+fn experts_equal_the_reference() {
+    let Some(device) = wgpu() else { return };
+    // one token, few (by hidden that vectors divide and not), the small tile, the large one, many tiles of one expert
+    for (tokens, hidden, ffn, experts, k, crowd) in [
+        (1, 8, 12, 4, 2, false),
+        (1, 7, 5, 3, 1, false),
+        (5, 33, 17, 5, 2, false),
+        (19, 24, 20, 3, 2, true),
+        (61, 20, 36, 3, 2, false),
+        (131, 17, 67, 5, 3, true),
+    ] {
+        let mixture = Mixture { tokens, hidden, ffn, experts, k, choices: choices(tokens, experts, k, crowd) };
+        compare(
+            &format!("experts of {tokens} tokens"),
+            &mixture.inputs(),
+            1e-4,
+            |x, _| mixture.run(x),
+            |x, _| mixture.reference(x),
+            &device,
+        );
+    }
+}
+
+#[test]
+fn experts_take_nothing_and_keep_nan_in_its_row() {
+    let Some(device) = wgpu() else { return };
+    let none = Mixture { tokens: 0, hidden: 8, ffn: 4, experts: 2, k: 1, choices: vec![] };
+    let inputs: Vec<_> = none.inputs().iter().map(|x| to(x, &device)).collect();
+    assert_eq!(none.run(&inputs).dims(), [0, 8]);
+    for tokens in [3, 40] {
+        let mixture = Mixture { tokens, hidden: 9, ffn: 10, experts: 2, k: 1, choices: vec![1; tokens] };
+        let mut inputs = mixture.inputs();
+        let mut x = values(&inputs[0]);
+        x[2 * 9 + 4] = f32::NAN;
+        inputs[0] = Tensor::from_data(TensorData::new(x, [tokens, 9]), &Device::flex());
+        let inputs: Vec<_> = inputs.iter().map(|x| to(x, &device)).collect();
+        for (row, values) in values(&mixture.run(&inputs)).chunks(9).enumerate() {
+            assert_eq!(values.iter().any(|x| x.is_nan()), row == 2, "row {row} of {tokens}");
+        }
+    }
+}
+
+#[test]
+fn log_prob_equals_the_reference() {
+    let Some(device) = wgpu() else { return };
+    for (n, hidden, vocab, temperature) in [(1, 5, 3, 1.0), (7, 33, 257, 0.7), (66, 16, 1000, 2.0)] {
+        let targets: Vec<u32> = (0..n).map(|i| ((i * 37 + 1) % vocab) as u32).collect();
+        let both = |(log_pi, entropy): (Tensor<1>, Tensor<1>)| Tensor::stack::<2>(vec![log_pi, entropy], 1);
+        compare(
+            &format!("log_prob of {n}"),
+            &[random([n, hidden]), random([vocab, hidden])],
+            2e-5,
+            |x, _| both(log_prob::log_prob(x[0].clone(), x[1].clone(), &targets, temperature)),
+            |x, _| both(log_prob::reference::log_prob(x[0].clone(), x[1].clone(), &targets, temperature)),
+            &device,
+        );
+    }
+    let empty = log_prob::log_prob(Tensor::zeros([0, 4], &device), Tensor::zeros([3, 4], &device), &[], 1.0);
+    assert_eq!(empty.0.dims(), [0]);
+}
+
+#[test]
+fn log_prob_goes_block_by_block() {
+    let Some(device) = wgpu() else { return };
+    // more tokens than a block has, and more entries than fit beside them
+    let (n, hidden, vocab) = (1030, 3, 16_500);
+    let targets: Vec<u32> = (0..n).map(|i| ((i * 12_345) % vocab) as u32).collect();
+    let (x, head) = (random([n, hidden]) * 2.0, random([vocab, hidden]) * 2.0);
+    let (log_pi, entropy) = log_prob::log_prob(to(&x, &device), to(&head, &device), &targets, 1.0);
+    let (want, want_entropy) = log_prob::reference::log_prob(x, head, &targets, 1.0);
+    close("log_prob", &log_pi, &want, 2e-5);
+    close("entropy", &entropy, &want_entropy, 2e-5);
+}
+
+#[test]
+fn linear_equals_the_reference() {
+    let Some(device) = wgpu() else { return };
+    // one row and few, with rows that vectors divide and not; the small, the middle and the large tile
+    for (n, input, out) in [(1, 64, 96), (3, 7, 5), (8, 130, 1), (9, 33, 70), (31, 40, 17), (130, 65, 129)] {
+        compare(
+            &format!("linear of {n} rows"),
+            &[random([n, input]), random([out, input])],
+            2e-5,
+            |x, _| linear::linear(x[0].clone(), &x[1].clone().into()),
+            |x, _| linear::reference::linear(x[0].clone(), x[1].clone()),
+            &device,
+        );
+    }
+    let (x, w) = (random([4, 12]), random([20, 12]));
+    let view = |x: &Tensor<2>| x.clone().narrow(1, 3, 7).narrow(0, 1, 3);
+    let got = linear::linear_f32(view(&to(&x, &device)), &view(&to(&w, &device)).into());
+    close("linear of views", &got, &linear::reference::linear(view(&x), view(&w)), 2e-5);
+    let none = linear::linear(Tensor::zeros([0, 12], &device), &to(&w, &device).into());
+    assert_eq!(none.dims(), [0, 20]);
+    for n in [5, 40] {
+        let mut broken = values(&random([n, 12]));
+        broken[3 * 12] = f32::NAN;
+        let broken = Tensor::<2>::from_data(TensorData::new(broken, [n, 12]), &device);
+        let got = values(&linear::linear(broken, &to(&w, &device).into()));
+        for (row, values) in got.chunks(20).enumerate() {
+            assert_eq!(values.iter().any(|x| x.is_nan()), row == 3, "row {row} of {n}");
+        }
+    }
+}
+
+#[test]
+fn quantized_weights_are_multiplied_as_they_are_stored() {
+    use m1_kernels::base::gpu::product::Storage;
+    use m1_kernels::linear::quantized::{Quantized, linear_quantized};
+    let Some(device) = wgpu() else { return };
+    for storage in [
+        Storage::Int8 { block: 32 },
+        Storage::Int8 { block: 64 },
+        Storage::Int4 { block: 32 },
+        Storage::Int4 { block: 64 },
+    ] {
+        let (input, out) = (192, 37);
+        let w = values(&random([out, input]));
+        let stored = Quantized::new(&w, [out, input], storage, &device).unwrap();
+        let dense = stored.dequantized();
+        let scale = if matches!(storage, Storage::Int8 { .. }) { 0.02 } else { 0.35 };
+        for (a, b) in w.iter().zip(&dense) {
+            assert!((a - b).abs() <= scale, "{a} was stored as {b}");
+        }
+        let dense = Tensor::<2>::from_data(TensorData::new(dense, [out, input]), &Device::flex());
+        for n in [0, 1, 3, 9, 70] {
+            let x = random([n, input]);
+            let got = linear_quantized(to(&x, &device), &stored);
+            if n == 0 {
+                assert_eq!(got.dims(), [0, out]);
+                continue;
+            }
+            close(&format!("{storage:?}, {n} rows"), &got, &linear::reference::linear(x, dense.clone()), 2e-5);
+        }
+    }
+    assert!(Quantized::new(&[0.0; 48], [1, 48], Storage::Int8 { block: 32 }, &device).is_none());
+}
