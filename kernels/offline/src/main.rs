@@ -1,0 +1,89 @@
+//! What can be proved of the CUDA kernels where no GPU is: every kernel of `m1-kernels` is compiled for sm_90a by both of
+//! CubeCL's routes and assembled; registers, spills, shared memory and tensor-core instructions go to a table.
+//!
+//! `run.sh` beside this crate sets up the tools and calls it.
+
+mod assemble;
+mod attention;
+mod catalogue;
+mod matrix;
+mod roofline;
+mod rows;
+mod table;
+mod target;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Compiles every kernel for sm_90a without a GPU and tells what it takes")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compile and assemble all kernels and write the table; fails if one cannot be, and names in the table what spills or
+    /// misses its tensor cores.
+    Table {
+        /// The site-packages folder with NVIDIA's wheels.
+        #[arg(long)]
+        tools: PathBuf,
+        /// Where PTX, CUDA C++ and machine code go.
+        #[arg(long)]
+        work: PathBuf,
+        /// The Markdown file to write.
+        #[arg(long)]
+        out: PathBuf,
+        /// Hash of the sources, as `run.sh` makes it; the table carries it.
+        #[arg(long)]
+        sources: String,
+    },
+    /// Print the roofline of M1's shapes.
+    Roofline,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().command {
+        Command::Roofline => print!("{}", roofline::tables()),
+        Command::Table { tools, work, out, sources } => {
+            let tools = assemble::Tools::open(&tools)?;
+            std::fs::create_dir_all(&work).with_context(|| work.display().to_string())?;
+            let entries = catalogue::entries();
+            let mut rows = Vec::new();
+            let mut failed = Vec::new();
+            for made in table::all(&entries, &tools, &work) {
+                match made {
+                    Ok(new) => rows.extend(new),
+                    Err(error) => failed.push(format!("{error:#}")),
+                }
+            }
+            if !failed.is_empty() {
+                bail!("{} kernels cannot be compiled:\n{}", failed.len(), failed.join("\n"));
+            }
+            let faults = table::faults(&rows);
+            let text = format!(
+                "# Kernels on sm_90a, compiled and never run\n\nMade by `kernels/offline/run.sh`; no GPU was there. Sources: `{}`.\n\
+                 {} kernels, each by CubeCL's two routes (LLVM to PTX, and CUDA C++ through NVRTC), then ptxas. Demanded: no \
+                 spills, tensor cores where f16/bf16 blocks are multiplied, no TF32 under f32.\n\n\
+                 # Not as demanded\n\n{}\n# What each takes\n\n{}\n# What M1's shapes cost at least\n\n{}",
+                sources,
+                entries.len(),
+                table::list(&faults),
+                table::markdown(&rows),
+                roofline::tables()
+            );
+            let temporary = out.with_extension("md.tmp");
+            std::fs::write(&temporary, text).with_context(|| temporary.display().to_string())?;
+            std::fs::rename(&temporary, &out).with_context(|| out.display().to_string())?;
+            for fault in &faults {
+                eprintln!("not as demanded: {fault}");
+            }
+            eprintln!("{} rows, {} not as demanded: {}", rows.len(), faults.len(), out.display());
+        }
+    }
+    Ok(())
+}
