@@ -10,11 +10,11 @@ use super::simd::{Ymm, Zmm, ZmmBf16};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
-/// Units along K that are multiplied before the next rows take their turn: their panel stays in the first-level cache (32 KiB).
-const BLOCK: usize = 256;
-/// Groups of rows that the panels are multiplied with before the next rows take their turn: with [`BLOCK`] they stay in
-/// the second-level cache (a quarter MiB of f32 with 12 rows a group).
-const GROUPS: usize = 20;
+/// Units along K that are multiplied before the next rows take their turn. Long runs: at each end a tile is spilled to the
+/// target, whose rows compete for the same places of the cache.
+const BLOCK: usize = 2048;
+/// Words of a block of rows, which stays in the second-level cache while the panels pass by.
+const ROWS_WORDS: usize = 240 * 256;
 
 /// What a unit of the panel is, and what the words of an activation row are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,10 +190,11 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     loop {
         let count = block.min(units - from);
         let add = target.add || from > 0;
+        let taken = (ROWS_WORDS / (most * count.max(1))).max(4);
         let (mut strip, mut first) = (0, 0);
         while first < groups {
             if strip >= strips {
-                (strip, first) = (0, first + GROUPS);
+                (strip, first) = (0, first + taken);
                 continue;
             }
             let left = strips - strip;
@@ -213,7 +214,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                     *b = b.add(column / PANEL * panels.stride + from * PANEL + column % PANEL);
                 }
                 let mut row = first * each + first.min(larger);
-                for group in first..groups.min(first + GROUPS) {
+                for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let place = Place {
                         words: rows,

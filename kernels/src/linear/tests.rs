@@ -23,7 +23,7 @@ fn coarse<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.cast(DType::BF16).cast(DType::F32)
 }
 
-const SHAPES: [[usize; 3]; 10] = [
+const SHAPES: [[usize; 3]; 11] = [
     [1, 1, 1],
     [1, 33, 7],
     [2, 31, 64],
@@ -34,6 +34,7 @@ const SHAPES: [[usize; 3]; 10] = [
     [13, 129, 300],
     [37, 65, 513],
     [250, 530, 261],
+    [61, 40, 4111], // longer than a block of the packed products along `in`, more rows than go together
 ];
 
 #[test]
