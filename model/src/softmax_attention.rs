@@ -6,7 +6,7 @@ use m1_kernels::rotary::{Rotation, rotary};
 use m1_kernels::softmax_attention::{KeyValues, softmax_attention};
 
 use crate::batch::Layout;
-use crate::cache::{BLOCK, KvRow};
+use crate::cache::KvRow;
 use crate::config::ModelConfig;
 use crate::layers::Linear;
 
@@ -54,7 +54,7 @@ impl SoftmaxAttention {
         let v = self.v_proj.forward(h);
         let (q, k, v) = (layout.heads(q, self.heads), layout.heads(k, self.kv_heads), layout.heads(v, self.kv_heads));
         let o = match cache {
-            None => softmax_attention(q, &in_blocks(k, v), 0),
+            None => softmax_attention(q, &[KeyValues { keys: k, values: v }], 0),
             Some(rows) => self.over_cache(q, k, v, layout, rows),
         };
         let o = layout.join(o);
@@ -88,19 +88,4 @@ impl SoftmaxAttention {
         }
         Tensor::cat(outputs, 0)
     }
-}
-
-/// Keys and values cut into blocks, so that no score matrix grows past one block.
-fn in_blocks(k: Tensor<4>, v: Tensor<4>) -> Vec<KeyValues> {
-    let tokens = k.dims()[2];
-    if tokens <= BLOCK {
-        return vec![KeyValues { keys: k, values: v }];
-    }
-    (0..tokens)
-        .step_by(BLOCK)
-        .map(|start| {
-            let n = BLOCK.min(tokens - start);
-            KeyValues { keys: k.clone().narrow(2, start, n), values: v.clone().narrow(2, start, n) }
-        })
-        .collect()
 }

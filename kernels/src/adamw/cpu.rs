@@ -4,8 +4,8 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 
 use super::{AdamWBackend, AdamWStep};
-use crate::base::flex::tensor;
-use crate::base::rows::{Rows, par_chunks, unique};
+use crate::base::flex::{contiguous, tensor, values, values_mut};
+use crate::base::rows::par_chunks;
 use crate::base::simd::level;
 use crate::simd;
 
@@ -21,22 +21,21 @@ impl AdamWBackend for Flex {
         step: AdamWStep,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let level = level();
-        let [mut value, mut moment_1, mut moment_2] = [value, moment_1, moment_2].map(owned);
+        let [mut value, mut moment_1, mut moment_2] = [value, moment_1, moment_2];
         let gradient = contiguous(gradient);
-        if let (Some(value), Some(m), Some(v)) = (unique(&mut value), unique(&mut moment_1), unique(&mut moment_2)) {
-            let gradient = slice(&gradient);
-            assert!(value.len() == gradient.len() && m.len() == value.len() && v.len() == value.len());
-            par_chunks([(value, CHUNK), (m, CHUNK), (v, CHUNK)], |i, [value, m, v]| {
-                update(level, value, &gradient[i * CHUNK..][..value.len()], m, v, step);
-            });
-        }
+        let gradient = values(&gradient);
+        let (p, m, v) = (values_mut(&mut value), values_mut(&mut moment_1), values_mut(&mut moment_2));
+        assert!([p.len(), m.len(), v.len()] == [gradient.len(); 3], "a gradient and two moments for every value");
+        par_chunks([(p, CHUNK), (m, CHUNK), (v, CHUNK)], |i, [p, m, v]| {
+            update(level, p, &gradient[i * CHUNK..][..p.len()], m, v, step);
+        });
         (value, moment_1, moment_2)
     }
 
     fn sum_of_squares(x: FlexTensor) -> FlexTensor {
         let level = level();
         let x = contiguous(x);
-        let x = slice(&x);
+        let x = values(&x);
         let mut sums = vec![0.0; x.len().div_ceil(CHUNK)];
         par_chunks([(&mut sums, 1)], |i, [sum]| {
             let end = x.len().min((i + 1) * CHUNK);
@@ -45,25 +44,6 @@ impl AdamWBackend for Flex {
         let total: f64 = sums.iter().map(|&sum| f64::from(sum)).sum();
         tensor(vec![total as f32], [1])
     }
-}
-
-/// The tensor itself if nobody else holds its memory, else a copy: either may be overwritten.
-fn owned(mut x: FlexTensor) -> FlexTensor {
-    if unique(&mut x).is_some() && x.layout().start_offset() == 0 {
-        return x;
-    }
-    let shape = x.layout().shape().clone();
-    let n = shape.num_elements();
-    let (rows, mut scratch) = (Rows::new(x, n), Vec::new());
-    tensor(if n == 0 { Vec::new() } else { rows.get(0, &mut scratch).to_vec() }, shape)
-}
-
-fn contiguous(x: FlexTensor) -> FlexTensor {
-    if x.is_contiguous() { x } else { FlexTensor::from_data(x.into_data()) }
-}
-
-fn slice(x: &FlexTensor) -> &[f32] {
-    x.as_slice().expect("contiguous f32")
 }
 
 simd! {

@@ -8,6 +8,7 @@ pub mod gemm;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
 pub mod gpu;
+pub(crate) mod masked;
 pub mod math;
 pub mod memory;
 pub mod packed;
@@ -19,7 +20,6 @@ pub mod simd;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod tile;
-pub(crate) mod tiles;
 pub(crate) mod view;
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]

@@ -1,7 +1,7 @@
-//! Reading Flex tensors of any strides, and making new ones.
+//! Reading Flex tensors of any strides.
 
-use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Shape, bf16};
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, bf16};
 
 use super::simd::Level;
 
@@ -26,17 +26,12 @@ pub(crate) fn forward_strides(x: FlexTensor) -> FlexTensor {
 }
 
 /// `x` with its values in order from the beginning of a buffer of just its size; copied only where it is not so already.
-pub(crate) fn contiguous(x: FlexTensor) -> FlexTensor {
-    let whole = x.is_contiguous()
+pub(crate) fn whole(x: FlexTensor) -> FlexTensor {
+    let already = x.is_contiguous()
         && x.layout().start_offset() == 0
         && x.bytes().len() == x.layout().num_elements() * x.dtype().size();
     // The old handle goes first: whoever writes asks whether the buffer has one owner.
-    if whole { x } else { x.to_contiguous() }
-}
-
-/// A new tensor over `values`.
-pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
-    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::new(shape)), DType::F32)
+    if already { x } else { x.to_contiguous() }
 }
 
 /// `[a, b, c, d]` seen as `[a, c, b, d]`.

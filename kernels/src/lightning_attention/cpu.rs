@@ -11,10 +11,11 @@ use burn::backend::{TensorMetadata, tensor::FloatTensor};
 
 use super::{BLOCK, BlockPlan, LightningAttentionBackend, cpu_decode};
 use crate::base::buffer::SendPtr;
+use crate::base::flex::tensor;
+use crate::base::masked::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
 use crate::base::pool;
 use crate::base::simd::{Level, level};
-use crate::base::tiles::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
-use crate::base::view::{View, contiguous, forward_strides, swapped, tensor};
+use crate::base::view::{View, forward_strides, swapped, whole};
 use crate::simd;
 
 type T = FloatTensor<Flex>;
@@ -131,7 +132,7 @@ fn forward(q: T, k: T, v: T, state: T, plan: &BlockPlan) -> (T, T) {
     let (q, k, v) = (forward_strides(q), forward_strides(k), forward_strides(v));
     let mut o = vec![0.0_f32; rows * tokens * heads * dim];
     let mut state = match (plan.has_state, plan.want_state) {
-        (true, _) => contiguous(state),
+        (true, _) => whole(state),
         (false, true) => tensor(vec![0.0; rows * heads * dim * dim], [rows, heads, dim, dim]),
         (false, false) => tensor(Vec::new(), [0, heads, dim, dim]),
     };
@@ -243,8 +244,8 @@ fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) ->
     let [rows, heads, tokens, dim] = q.shape().dims();
     let width = padded(dim);
     let [q, k, v, d_o] = [q, k, v, d_o].map(forward_strides);
-    let state = if plan.has_state { contiguous(state) } else { state };
-    let d_state = if plan.want_state { contiguous(d_state) } else { d_state };
+    let state = if plan.has_state { whole(state) } else { state };
+    let d_state = if plan.want_state { whole(d_state) } else { d_state };
     let mut grads: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; rows * tokens * heads * dim]);
     let mut grad_state = vec![0.0_f32; if plan.has_state { rows * heads * dim * dim } else { 0 }];
     {

@@ -7,12 +7,13 @@ use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 
 use crate::base::buffer::SendPtr;
+use crate::base::flex::tensor;
 use crate::base::math::{LANES, Lanes, fma, sigmoid, silu};
 use crate::base::pool;
 use crate::base::simd::{Level, Plain, Vector, level};
 #[cfg(target_arch = "x86_64")]
 use crate::base::simd::{Ymm, Zmm};
-use crate::base::view::{contiguous, tensor};
+use crate::base::view::whole;
 use crate::simd;
 
 type T = FloatTensor<Flex>;
@@ -24,8 +25,8 @@ const FEW_OUTPUTS: usize = 16 << 10;
 /// See [`super::decode`].
 pub(super) fn step(qkv: T, gate: T, state: T, norm: T, slopes: &[f64], eps: f64) -> (T, T) {
     let [rows, heads, dim, _] = state.shape().dims();
-    let (qkv, gate, norm) = (contiguous(qkv), contiguous(gate), contiguous(norm));
-    let mut state = contiguous(state);
+    let (qkv, gate, norm) = (whole(qkv), whole(gate), whole(norm));
+    let mut state = whole(state);
     let mut y = vec![0.0_f32; rows * heads * dim];
     // In place where nobody else holds the state; else what others hold is read and a new one is written.
     let mut fresh = if state.is_unique() { Vec::new() } else { vec![0.0_f32; rows * heads * dim * dim] };

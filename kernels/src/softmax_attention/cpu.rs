@@ -10,11 +10,12 @@ use burn::backend::{Flex, TensorMetadata};
 
 use super::{KeyValueBlocks, SoftmaxAttentionBackend, cpu_backward};
 use crate::base::buffer::SendPtr;
+use crate::base::flex::tensor;
+use crate::base::masked::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
 use crate::base::math::{LANES, exp};
 use crate::base::pool;
 use crate::base::simd::{Level, level};
-use crate::base::tiles::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
-use crate::base::view::{View, forward_strides, swapped, tensor};
+use crate::base::view::{View, forward_strides, swapped};
 use crate::simd;
 
 type T = FloatTensor<Flex>;

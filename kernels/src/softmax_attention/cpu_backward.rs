@@ -12,11 +12,12 @@ use burn::backend::flex::FlexTensor;
 
 use super::cpu::{KEYS, total};
 use crate::base::buffer::SendPtr;
+use crate::base::flex::tensor;
+use crate::base::masked::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
 use crate::base::math::{LANES, exp, fma};
 use crate::base::pool;
 use crate::base::simd::level;
-use crate::base::tiles::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
-use crate::base::view::{View, forward_strides, swapped, tensor};
+use crate::base::view::{View, forward_strides, swapped, whole};
 use crate::simd;
 
 /// Queries (times heads that share their keys) per tile, unless one token alone has more heads.
@@ -38,7 +39,7 @@ pub(super) fn backward(
     let group = heads / kv_heads.max(1);
     let width = padded(dim);
     let [q, k, v, o, d_o] = [q, k, v, o, d_o].map(forward_strides);
-    let lse = crate::base::view::contiguous(lse);
+    let lse = whole(lse);
     let mut d_q = vec![0.0_f32; rows * tokens * heads * dim];
     let mut d_k = vec![0.0_f32; rows * tokens * kv_heads * dim];
     let mut d_v = d_k.clone();

@@ -5,9 +5,13 @@ use burn::tensor::{Bool, DType, Device, Tensor, TensorData};
 use super::{KeyValues, QUERY_BLOCK};
 use crate::cast;
 
+/// Keys that scores are formed for at once.
+const KEY_BLOCK: usize = 256;
+
 /// See [`super::softmax_attention`].
 pub fn softmax_attention(q: Tensor<4>, blocks: &[KeyValues], past: usize) -> Tensor<4> {
     let tokens = q.dims()[2];
+    let blocks = &blocks.iter().flat_map(cut).collect::<Vec<_>>();
     if tokens <= QUERY_BLOCK {
         return query_block(q, blocks, past);
     }
@@ -19,6 +23,19 @@ pub fn softmax_attention(q: Tensor<4>, blocks: &[KeyValues], past: usize) -> Ten
         })
         .collect();
     Tensor::cat(parts, 2)
+}
+
+/// At most [`KEY_BLOCK`] keys at a time, so that no matrix of scores grows with the text.
+fn cut(block: &KeyValues) -> Vec<KeyValues> {
+    let tokens = block.keys.dims()[2];
+    if tokens <= KEY_BLOCK {
+        return vec![block.clone()];
+    }
+    let part = |start: usize| {
+        let narrow = |x: &Tensor<4>| x.clone().narrow(2, start, KEY_BLOCK.min(tokens - start));
+        KeyValues { keys: narrow(&block.keys), values: narrow(&block.values) }
+    };
+    (0..tokens).step_by(KEY_BLOCK).map(part).collect()
 }
 
 /// What has been seen of the keys so far, per query: maximum, sum of exponentials, and their sum over the values.
