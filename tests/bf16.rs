@@ -33,8 +33,9 @@ fn one_layer_at_a_time() {
             for (i, (exact, rounded)) in exact.model.layers.iter().zip(&rounded.model.layers).enumerate() {
                 let input = trace.hidden[i].clone().cast(dtype);
                 let replay = || Trace::none().replaying(trace.choices.clone());
-                let want = exact.forward(input.clone().cast(DType::F32), &layout, &rotation, None, &mut replay());
-                let got = rounded.forward(input, &layout, &rotation, None, &mut replay());
+                let want =
+                    exact.forward(input.clone().cast(DType::F32).into(), &layout, &rotation, None, &mut replay()).sum();
+                let got = rounded.forward(input.into(), &layout, &rotation, None, &mut replay()).sum();
                 assert_eq!(got.dtype(), dtype, "{name}: activations keep their dtype");
                 let error = relative_l2(&values(&got), &values(&want));
                 eprintln!("{name:14} layer {i}, hidden states in {dtype:?}: relative L2 error {error:.1e}");

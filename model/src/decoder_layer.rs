@@ -8,7 +8,7 @@ use crate::batch::Layout;
 use crate::cache::LayerCache;
 use crate::config::{AttentionKind, ModelConfig};
 use crate::experts::Experts;
-use crate::layers::RmsNorm;
+use crate::layers::{RmsNorm, Stream};
 use crate::lightning_attention::LightningAttention;
 use crate::softmax_attention::SoftmaxAttention;
 use crate::trace::Trace;
@@ -80,13 +80,13 @@ impl DecoderLayer {
     /// If `cache` is of the other kind of attention.
     pub fn forward(
         &self,
-        x: Tensor<2>,
+        x: Stream,
         layout: &Layout,
         rotation: &Rotation,
         cache: Option<&mut LayerCache>,
         trace: &mut Trace,
-    ) -> Tensor<2> {
-        let h = self.input_layernorm.forward(x.clone());
+    ) -> Stream {
+        let (x, h) = self.input_layernorm.forward_stream(x);
         let residual = self.residual(x, &h);
         let attended = match (&self.self_attn, cache) {
             (Attention::Lightning(attention), None) => attention.forward(h, layout, None),
@@ -99,20 +99,16 @@ impl DecoderLayer {
             }
             _ => panic!("layer {}: the cache was made for another configuration", self.index),
         };
-        let (alpha, beta) = (self.attention_alpha, self.attention_beta);
-        let (x, h) = self.post_attention_layernorm.forward_added(residual, attended, alpha, beta);
+        let x = Stream::new(residual, self.attention_alpha, attended, self.attention_beta);
 
+        let (x, h) = self.post_attention_layernorm.forward_stream(x);
         let residual = self.residual(x, &h);
         let mixed = self.block_sparse_moe.forward(h, self.index, trace);
-        scaled(residual, self.mlp_alpha) + scaled(mixed, self.mlp_beta)
+        Stream::new(residual, self.mlp_alpha, mixed, self.mlp_beta)
     }
 
     /// M1's one surprise: with `postnorm` it is the NORMED tensor that is carried on.
     fn residual(&self, x: Tensor<2>, h: &Tensor<2>) -> Tensor<2> {
         if self.postnorm { h.clone() } else { x }
     }
-}
-
-fn scaled(x: Tensor<2>, factor: f64) -> Tensor<2> {
-    if factor == 1.0 { x } else { x.mul_scalar(factor) }
 }

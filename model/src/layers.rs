@@ -1,7 +1,7 @@
-//! The three small modules every layer is made of, with the checkpoint's layouts.
+//! The three small modules every layer is made of, with the checkpoint's layouts, and what flows between them.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use m1_kernels::{linear, rms_norm};
 
 use crate::batch::ints;
@@ -50,15 +50,14 @@ impl RmsNorm {
         rms_norm::rms_norm(x, self.weight.val(), self.eps)
     }
 
-    /// `sum = residual · alpha + branch · beta` and its norm, `[n, dim]` each.
-    pub fn forward_added(
-        &self,
-        residual: Tensor<2>,
-        branch: Tensor<2>,
-        alpha: f64,
-        beta: f64,
-    ) -> (Tensor<2>, Tensor<2>) {
-        rms_norm::add_rms_norm(residual, branch, self.weight.val(), alpha, beta, self.eps)
+    /// The stream's sum and its norm, `[n, dim]` each, in one pass.
+    pub fn forward_stream(&self, stream: Stream) -> (Tensor<2>, Tensor<2>) {
+        match stream.branch {
+            None => (stream.residual.clone(), self.forward(stream.residual)),
+            Some((branch, alpha, beta)) => {
+                rms_norm::add_rms_norm(stream.residual, branch, self.weight.val(), alpha, beta, self.eps)
+            }
+        }
     }
 
     /// `norm(o) · sigmoid(gate)`, `[n, dim]` in the dtype of `gate`; `o` of any rank whose elements are `[n, dim]`.
@@ -69,6 +68,42 @@ impl RmsNorm {
     /// What is added to the mean square.
     pub fn eps(&self) -> f64 {
         self.eps
+    }
+}
+
+/// What flows from one norm to the next, `[n, hidden]`: `residual · alpha + branch · beta`, which the norm adds up in its own pass.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    residual: Tensor<2>,
+    branch: Option<(Tensor<2>, f64, f64)>,
+}
+
+impl Stream {
+    /// `residual · alpha + branch · beta`.
+    pub fn new(residual: Tensor<2>, alpha: f64, branch: Tensor<2>, beta: f64) -> Self {
+        Self { residual, branch: Some((branch, alpha, beta)) }
+    }
+
+    /// The sum itself.
+    pub fn sum(self) -> Tensor<2> {
+        match self.branch {
+            None => self.residual,
+            Some((branch, alpha, beta)) => self.residual.mul_scalar(alpha) + branch.mul_scalar(beta),
+        }
+    }
+
+    /// Some of its rows.
+    pub fn select(self, rows: Tensor<1, Int>) -> Self {
+        Self {
+            residual: self.residual.select(0, rows.clone()),
+            branch: self.branch.map(|(branch, alpha, beta)| (branch.select(0, rows), alpha, beta)),
+        }
+    }
+}
+
+impl From<Tensor<2>> for Stream {
+    fn from(x: Tensor<2>) -> Self {
+        Self { residual: x, branch: None }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::cache::Cache;
 use crate::checkpoint::{Slot, slots};
 use crate::config::ModelConfig;
 use crate::decoder_layer::{Attention, DecoderLayer};
-use crate::layers::{Embedding, Linear, RmsNorm};
+use crate::layers::{Embedding, Linear, RmsNorm, Stream};
 use crate::trace::Trace;
 
 /// The stack of layers, as the checkpoint's `model.` prefix holds it.
@@ -143,9 +143,9 @@ impl M1 {
             id as i32
         });
 
-        let mut x = self.model.embed_tokens.forward(ids.collect(), &device);
+        let mut x: Stream = self.model.embed_tokens.forward(ids.collect(), &device).into();
         for (i, layer) in self.model.layers.iter().enumerate() {
-            trace.saw_hidden(&x);
+            trace.saw_hidden(|| x.clone().sum());
             x = layer.forward(x, &layout, &rotation, cache.as_deref_mut().map(|c| c.layer_mut(i)), trace);
         }
         if let Some(cache) = cache {
@@ -156,10 +156,10 @@ impl M1 {
             return Tensor::zeros([0, self.config.hidden_size], &device);
         }
         if let Some(wanted) = wanted {
-            x = x.select(0, ints(wanted.into_iter().map(|i| i as i32).collect(), &device));
+            x = x.select(ints(wanted.into_iter().map(|i| i as i32).collect(), &device));
         }
-        let x = self.model.norm.forward(x);
-        trace.saw_hidden(&x);
+        let (_, x) = self.model.norm.forward_stream(x);
+        trace.saw_hidden(|| x.clone());
         x
     }
 

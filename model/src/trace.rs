@@ -50,9 +50,9 @@ impl Trace {
         }
     }
 
-    pub(crate) fn saw_hidden(&mut self, x: &Tensor<2>) {
+    pub(crate) fn saw_hidden(&mut self, x: impl FnOnce() -> Tensor<2>) {
         if self.want_hidden {
-            self.hidden.push(x.clone());
+            self.hidden.push(x());
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Zeroed memory for weights and scratch: aligned to cache lines, on huge pages where it is large.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+
+use super::memory::settle;
 
 /// From this size on, a buffer is aligned to huge pages and asks the system for them.
 const HUGE: usize = 2 << 20;
@@ -11,6 +13,7 @@ const HUGE: usize = 2 << 20;
 pub(crate) struct Buffer {
     start: NonNull<u8>,
     bytes: usize,
+    layout: Layout,
 }
 
 // SAFETY: the buffer owns its memory and hands out references by the usual rules.
@@ -23,18 +26,37 @@ impl Buffer {
     pub(crate) fn try_zeroed(bytes: usize) -> Option<Self> {
         let layout = Self::layout(bytes)?;
         // SAFETY: the layout's size is at least 64.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let start = NonNull::new(unsafe { alloc(layout) })?;
         #[cfg(target_os = "linux")]
         if bytes >= HUGE {
             // SAFETY: the range is this allocation; the advice changes no contents. It may be refused, which costs only speed.
             unsafe { libc::madvise(start.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
         }
-        Some(Buffer { start, bytes })
+        // After the advice, and not by the allocator: it is the first touch that decides about a page's size.
+        // SAFETY: the allocation is that large.
+        unsafe { start.as_ptr().write_bytes(0, layout.size()) };
+        Some(Buffer { start, bytes, layout })
     }
 
     /// `bytes` of zeros.
     pub(crate) fn zeroed(bytes: usize) -> Self {
         Self::try_zeroed(bytes).unwrap_or_else(|| handle_alloc_error(Layout::new::<u8>()))
+    }
+
+    /// `words` 32-bit words of any value, for those who write them all. Under test they are NaN.
+    pub(crate) fn words_arbitrary(words: usize) -> Self {
+        let bytes = words * 4;
+        let layout = Layout::from_size_align(bytes.max(64).next_multiple_of(64), 64);
+        let Ok(layout) = layout else { handle_alloc_error(Layout::new::<u8>()) };
+        // SAFETY: the layout's size is at least 64.
+        let Some(start) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
+        // SAFETY: the allocation is this buffer's own.
+        unsafe { settle(start.as_ptr()) };
+        let mut buffer = Buffer { start, bytes, layout };
+        if cfg!(test) {
+            buffer.words_mut().fill(f32::NAN);
+        }
+        buffer
     }
 
     /// `words` 32-bit zeros.
@@ -75,10 +97,8 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.bytes) {
-            // SAFETY: allocated with this very layout.
-            unsafe { dealloc(self.start.as_ptr(), layout) };
-        }
+        // SAFETY: allocated with this very layout.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
     }
 }
 

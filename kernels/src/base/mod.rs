@@ -1,6 +1,11 @@
 //! What the operations share: the thread pool, the choice of vector instructions, matrix kernels and packed weights of
 //! the CPU, and the glue to Flex's tensors; and what the CubeCL kernels share.
 
+pub(crate) mod acts;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_quant;
 pub(crate) mod buffer;
 pub mod device;
 pub mod flex;

@@ -10,15 +10,15 @@ use std::sync::{Arc, OnceLock};
 
 use half::f16;
 
+pub use super::acts::Acts;
+use super::acts::{Form, round_to_pairs};
 use super::buffer::{Buffer, SendPtr};
 use super::gemm::transpose;
 use super::pool;
-use super::quant::{self, Quant, QuantActs};
+use super::quant::{self, Quant};
+pub use super::quant::{QuantizeError, dequantize_row, quantize_row};
 use super::simd::{self, Level};
 use super::tile::{self, Kind, PANEL, Panels, Rows, Target};
-use crate::simd;
-
-pub use super::quant::{QuantizeError, dequantize_row, quantize_row};
 
 /// How a weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -297,79 +297,6 @@ fn pack_panel(level: Level, format: Format, input: usize, rows: &mut [f32], pane
     }
 }
 
-/// Activation rows prepared for weights of a format.
-#[derive(Debug)]
-pub struct Acts {
-    rows: usize,
-    k: usize,
-    form: Form,
-}
-
-#[derive(Debug)]
-enum Form {
-    /// f32 values: as they came, or rounded to bf16 where the processor has no bf16 instructions.
-    F32 { stride: usize, data: Buffer },
-    /// Pairs of bf16.
-    Bf16 { stride: usize, data: Buffer },
-    /// int8 by block.
-    Quantized(QuantActs),
-}
-
-impl Acts {
-    /// Prepares `x [rows, k]` (row-major) for weights of `format`: f32 stays f32; for bf16 the values are rounded to bf16,
-    /// for the quantised formats to int8 by block, unless `exact` asks to keep them (router and head).
-    ///
-    /// # Panics
-    /// If `x` has not `rows · k` values, or the format's block is neither 32 nor 64.
-    pub fn new(format: Format, exact: bool, rows: usize, k: usize, x: &[f32]) -> Acts {
-        assert_eq!(x.len(), rows * k, "activations [{rows}, {k}]");
-        let level = simd::level();
-        let mut padded = k;
-        if let Format::Int8 { .. } | Format::Int4 { .. } = format {
-            let quant = Quant::of(format).unwrap_or_else(|| panic!("{format:?} is in blocks of 32 or 64"));
-            if !exact {
-                return Acts { rows, k, form: Form::Quantized(QuantActs::new(quant, rows, k, x)) };
-            }
-            padded = quant.blocks(k) * quant.block;
-        }
-        let rounded = !exact && format == Format::Bf16;
-        let pairs = rounded && level >= Level::Avx512Bf16;
-        let words = if pairs { k.div_ceil(2) } else { k };
-        // An odd number of cache lines: neighbouring rows do not compete for the same places of the cache.
-        let stride = (words.max(padded).div_ceil(16) | 1) * 16;
-        let mut data = Buffer::words_zeroed(rows * stride);
-        let start = SendPtr(data.words_mut().as_mut_ptr());
-        const ROWS: usize = 16; // a job's share
-        pool::run(if rows * k < 1 << 16 { 1 } else { rows.div_ceil(ROWS) }, |i| {
-            let share = if rows * k < 1 << 16 { 0..rows } else { i * ROWS..rows.min((i + 1) * ROWS) };
-            for r in share {
-                // SAFETY: row r is this job's alone, and lies inside the buffer.
-                let to = unsafe { std::slice::from_raw_parts_mut(start.get().add(r * stride), words) };
-                let from = &x[r * k..][..k];
-                if pairs {
-                    round_to_pairs(level, from, to);
-                } else if rounded {
-                    round(level, from, to);
-                } else {
-                    to.copy_from_slice(from);
-                }
-            }
-        });
-        let form = if pairs { Form::Bf16 { stride, data } } else { Form::F32 { stride, data } };
-        Acts { rows, k, form }
-    }
-
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Values of a row.
-    pub fn k(&self) -> usize {
-        self.k
-    }
-}
-
 /// `c[i][32·p ..] = acts[rows[i]] · W[matrix]ᵀ` for the panels `p` asked for, on this thread; `c` holds whole rows of `ldc` floats.
 ///
 /// # Panics
@@ -420,7 +347,8 @@ pub(crate) unsafe fn multiply_into(
         let row = |i: usize| rows.map_or(i, |rows| rows[i] as usize);
         // SAFETY: the caller answers for `c`.
         unsafe {
-            let target = Target { start: c.get().add(panels.start * PANEL), stride: ldc, columns, add: false };
+            let start = c.get().wrapping_add(panels.start * PANEL); // what is before it need not be there
+            let target = Target { start, stride: ldc, columns, add: false };
             match &acts.form {
                 Form::Quantized(acts) => quant::multiply(level, quant, acts, count, row, weights, target),
                 Form::F32 { stride, data } => {
@@ -444,7 +372,8 @@ pub(crate) unsafe fn multiply_into(
     let count = rows.map_or(acts.rows, <[u32]>::len);
     // SAFETY: the caller answers for `c`.
     unsafe {
-        let target = Target { start: c.get().add(panels.start * PANEL), stride: ldc, columns, add: false };
+        let start = c.get().wrapping_add(panels.start * PANEL); // what is before it need not be there
+        let target = Target { start, stride: ldc, columns, add: false };
         let rows = Rows { data: data.words(), stride, count, index: rows };
         tile::product(level, kind, rows_units(kind, acts.k), rows, Panels { data: weights, stride: bytes / 4 }, target);
     }
@@ -496,40 +425,4 @@ pub fn par_multiply(acts: &Acts, w: &Packed, matrix: usize, c: &mut [f32]) {
         // SAFETY: the panels of this job are its alone; `c` has all columns of all rows.
         unsafe { multiply_into(level, acts, None, w, matrix, i * each..panels.min((i + 1) * each), c, out) }
     });
-}
-
-simd! {
-    /// `to = x` rounded to bf16 (to nearest, ties to even), kept as f32.
-    fn round(x: &[f32], to: &mut [f32]) = round_body;
-}
-
-#[inline(always)]
-fn round_body<const FMA: bool>(x: &[f32], to: &mut [f32]) {
-    for (x, to) in x.iter().zip(to) {
-        *to = f32::from_bits(bf16_bits(*x) << 16);
-    }
-}
-
-simd! {
-    /// `to` = pairs of `x` rounded to bf16, the even one in the lower half; a missing last one is zero.
-    fn round_to_pairs(x: &[f32], to: &mut [f32]) = round_to_pairs_body;
-}
-
-#[inline(always)]
-fn round_to_pairs_body<const FMA: bool>(x: &[f32], to: &mut [f32]) {
-    let (pairs, rest) = x.as_chunks::<2>();
-    for (pair, to) in pairs.iter().zip(&mut *to) {
-        *to = f32::from_bits(bf16_bits(pair[0]) | bf16_bits(pair[1]) << 16);
-    }
-    if let ([last], Some(to)) = (rest, to.last_mut()) {
-        *to = f32::from_bits(bf16_bits(*last));
-    }
-}
-
-#[inline(always)]
-fn bf16_bits(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
-    // Rounding could carry a NaN into another class; a quiet NaN stays one.
-    if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }

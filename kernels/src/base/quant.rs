@@ -294,6 +294,15 @@ pub(crate) struct QuantActs {
     meta: Vec<Meta>,
 }
 
+/// From this many rows on, AMX tiles are used where they are.
+#[cfg(target_arch = "x86_64")]
+const TILE_ROWS: usize = super::amx_quant::ROWS;
+#[cfg(not(target_arch = "x86_64"))]
+const TILE_ROWS: usize = usize::MAX;
+
+/// Tiles are read whole: as many rows stand behind the last one as a tile may want more.
+const BEHIND: usize = 15;
+
 /// Below so many activations one thread is faster than two.
 const SHARED: usize = 1 << 15;
 
@@ -301,9 +310,7 @@ impl QuantActs {
     /// `x [rows, k]`, each row for itself.
     pub(crate) fn new(quant: Quant, rows: usize, k: usize, x: &[f32]) -> Self {
         assert_eq!(x.len(), rows * k);
-        let blocks = quant.blocks(k);
-        let mut values = vec![0_i8; rows * blocks * quant.block];
-        let mut meta = vec![Meta { scale: 0.0, bias: 0 }; rows * blocks];
+        let Self { blocks, mut values, mut meta, .. } = Self::empty(quant, rows, k);
         let level = simd::level();
         let one = |row: usize, values: &mut [i8], meta: &mut [Meta]| {
             quantize_acts(level, quant, &x[row * k..][..k], values, meta);
@@ -331,11 +338,37 @@ impl QuantActs {
         }
         Self { quant, blocks, values, meta }
     }
+
+    /// Room for `rows` rows, zero at first.
+    pub(crate) fn empty(quant: Quant, rows: usize, k: usize) -> Self {
+        let blocks = quant.blocks(k);
+        let behind = if rows >= TILE_ROWS { BEHIND } else { 0 };
+        let values = vec![0_i8; (rows + behind) * blocks * quant.block];
+        Self { quant, blocks, values, meta: vec![Meta { scale: 0.0, bias: 0 }; rows * blocks] }
+    }
+
+    /// Where values and what they carry lie, row by row and block by block.
+    pub(crate) fn places(&mut self) -> (SendPtr<i8>, SendPtr<Meta>) {
+        (SendPtr(self.values.as_mut_ptr()), SendPtr(self.meta.as_mut_ptr()))
+    }
+
+    /// These rows, each as often as it is named, one behind the other.
+    pub(crate) fn select(&self, rows: &[u32]) -> Self {
+        let each = self.blocks * self.quant.block;
+        let mut values = Vec::with_capacity((rows.len() + BEHIND) * each);
+        let mut meta = Vec::with_capacity(rows.len() * self.blocks);
+        for &row in rows {
+            values.extend_from_slice(&self.values[row as usize * each..][..each]);
+            meta.extend_from_slice(&self.meta[row as usize * self.blocks..][..self.blocks]);
+        }
+        values.resize((rows.len() + BEHIND) * each, 0);
+        Self { values, meta, ..*self }
+    }
 }
 
 simd! {
-    /// One row of activations; `values` are whole blocks, zero at first.
-    fn quantize_acts(quant: Quant, x: &[f32], values: &mut [i8], meta: &mut [Meta]) = quantize_acts_body;
+    /// One row of activations, or whole blocks of it; `values` are whole blocks, zero at first.
+    pub(super) fn quantize_acts(quant: Quant, x: &[f32], values: &mut [i8], meta: &mut [Meta]) = quantize_acts_body;
 }
 
 #[inline(always)]
@@ -402,6 +435,15 @@ pub(crate) unsafe fn multiply(
     let each = blocks * quant.block;
     assert_eq!(acts.quant, quant, "activations for another format");
     assert!(panels.len() >= target.columns.div_ceil(PANEL) * blocks * quant.block_bytes());
+    #[cfg(target_arch = "x86_64")]
+    if level >= Level::Amx && count >= TILE_ROWS && (1..count).all(|i| row(i) == row(0) + i) {
+        let (values, meta) = (&values[row(0) * each..], &meta[row(0) * blocks..][..count * blocks]);
+        assert!(values.len() >= count.next_multiple_of(16) * each);
+        // SAFETY: the level says what the processor has; sizes are checked above, the target is the caller's.
+        return unsafe {
+            super::amx_quant::product(quant, blocks, count, values.as_ptr(), meta.as_ptr(), panels.as_ptr(), target)
+        };
+    }
     let row = |i: usize| {
         let row = row(i);
         Row::Quantized(values[row * each..][..each].as_ptr(), meta[row * blocks..][..blocks].as_ptr())

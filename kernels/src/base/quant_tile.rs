@@ -95,8 +95,8 @@ unsafe fn tile(level: Level, tile: &Tile) {
     unsafe {
         let exact = matches!(tile.rows[0], Row::Exact(_));
         match (level, exact) {
-            (Level::Avx512Bf16, false) => return x86::vnni(tile),
-            (Level::Avx512Bf16 | Level::Avx512, true) => return x86::exact512(tile),
+            (Level::Amx | Level::Avx512Bf16, false) => return x86::vnni(tile),
+            (Level::Amx | Level::Avx512Bf16 | Level::Avx512, true) => return x86::exact512(tile),
             (Level::Avx512 | Level::Avx2, false) => return x86::avx2(tile),
             (Level::Avx2, true) => return x86::exact256(tile),
             (Level::Portable, _) => {}
@@ -188,7 +188,7 @@ mod x86 {
     use crate::base::quant::Meta;
 
     /// How far ahead of a panel's stream to fetch, in bytes.
-    const AHEAD: usize = 1536;
+    const AHEAD: usize = 3072;
 
     /// Calls the kernel that is compiled for the tile's number of rows, bits and block.
     macro_rules! shapes {

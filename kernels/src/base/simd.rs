@@ -18,21 +18,31 @@ pub enum Level {
     Avx512,
     /// [`Level::Avx512`] with AVX512-BF16 and AVX512-VNNI.
     Avx512Bf16,
+    /// [`Level::Avx512Bf16`] with AMX tiles for bf16 and int8, which the system has to grant.
+    Amx,
 }
 
 thread_local! {
     static OVERRIDE: Cell<Option<Level>> = const { Cell::new(None) };
 }
 
+const ALL: [(&str, Level); 5] = [
+    ("portable", Level::Portable),
+    ("avx2", Level::Avx2),
+    ("avx512", Level::Avx512),
+    ("avx512bf16", Level::Avx512Bf16),
+    ("amx", Level::Amx),
+];
+
 /// The level that operations called on this thread use: the processor's best, or what `M1_SIMD`
-/// (`portable`, `avx2`, `avx512`) lowers it to, or what [`with_level`] has set. Jobs on the pool take it from their caller.
+/// (`portable`, `avx2`, `avx512`, `avx512bf16`, `amx`) lowers it to, or what [`with_level`] has set. Jobs on the pool take it from their caller.
 pub fn level() -> Level {
     OVERRIDE.get().unwrap_or_else(default_level)
 }
 
 /// All levels that this machine has, lowest first.
 pub fn levels() -> Vec<Level> {
-    [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16].into_iter().filter(|&l| l <= detected()).collect()
+    ALL.into_iter().map(|(_, level)| level).filter(|&level| level <= detected()).collect()
 }
 
 /// Runs `f` with `level` on this thread; for tests and benches.
@@ -54,13 +64,9 @@ pub fn with_level<R>(level: Level, f: impl FnOnce() -> R) -> R {
 fn default_level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let asked = match std::env::var("M1_SIMD").as_deref() {
-            Ok("portable") => Level::Portable,
-            Ok("avx2") => Level::Avx2,
-            Ok("avx512") => Level::Avx512,
-            _ => Level::Avx512Bf16,
-        };
-        asked.min(detected())
+        let asked = std::env::var("M1_SIMD").unwrap_or_default();
+        let level = ALL.into_iter().find(|(name, _)| *name == asked).map_or(Level::Amx, |(_, level)| level);
+        level.min(detected())
     })
 }
 
@@ -80,8 +86,10 @@ fn detect() -> Level {
         Level::Avx2
     } else if !all!("avx512bf16" "avx512vnni") {
         Level::Avx512
-    } else {
+    } else if !super::amx::granted() {
         Level::Avx512Bf16
+    } else {
+        Level::Amx
     }
 }
 

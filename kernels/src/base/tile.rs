@@ -90,11 +90,21 @@ pub(crate) unsafe fn product(level: Level, kind: Kind, units: usize, rows: Rows,
             // SAFETY: as above.
             unsafe { kinds::<Ymm>(kind, units, rows, panels, target) }
         }
-        // SAFETY: the level says what the processor has; sizes are checked above; the target is the caller's.
+        if level >= Level::Amx && kind == Kind::Bf16 {
+            assert!(
+                rows.data.len() >= last * rows.stride + units.next_multiple_of(16),
+                "rows are filled up with zeros"
+            );
+            // SAFETY: the level says what the processor has; sizes are checked above; the target is the caller's.
+            return unsafe { super::amx::product(units, rows, panels, target) };
+        }
+        // SAFETY: as above.
         unsafe {
             match level {
-                Level::Avx512Bf16 if kind == Kind::Bf16 => return avx512_bf16(kind, units, rows, panels, target),
-                Level::Avx512Bf16 | Level::Avx512 => return avx512(kind, units, rows, panels, target),
+                Level::Amx | Level::Avx512Bf16 if kind == Kind::Bf16 => {
+                    return avx512_bf16(kind, units, rows, panels, target);
+                }
+                Level::Amx | Level::Avx512Bf16 | Level::Avx512 => return avx512(kind, units, rows, panels, target),
                 Level::Avx2 => return avx2(kind, units, rows, panels, target),
                 Level::Portable => {}
             }
@@ -214,6 +224,10 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                     *b = b.add(column / PANEL * panels.stride + from * PANEL + column % PANEL);
                 }
                 let mut row = first * each + first.min(larger);
+                // Each of the groups that pass by these strips fetches its part of the next ones.
+                let passing = groups.min(first + taken) - first;
+                let lines = if passing > 1 { (n * width).div_ceil(passing) } else { 0 }; // a unit of 16 columns is a line
+                let next = b[0].wrapping_add(n * width / PANEL * panels.stride);
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let place = Place {
@@ -224,6 +238,8 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                         stride: target.stride,
                         columns: (target.columns - strip * width).min(n * width),
                         add,
+                        ahead: next.wrapping_add((group - first) * count.div_ceil(16) * lines * 16),
+                        lines,
                     };
                     tiles::<V, S>(r, n, count, &place, &b);
                     row += r;
@@ -247,6 +263,20 @@ struct Place<'a> {
     stride: usize,
     columns: usize,
     add: bool,
+    /// What to fetch: so many cache lines for each 16 units, from here on.
+    ahead: *const f32,
+    lines: usize,
+}
+
+/// Asks for a cache line, into the second level.
+#[inline(always)]
+fn fetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that a program could see: any address will do.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    let _ = at;
 }
 
 #[inline(always)]
@@ -305,12 +335,21 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                 }
             }
         }
-        for u in 0..units {
-            for n in 0..N {
-                let p = b[n].add(u * PANEL);
-                let w = [V::load(p), V::load(p.add(V::LANES))];
-                S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, w);
+        // What is multiplied next comes into the second-level cache meanwhile, a few lines after every few units.
+        const TOGETHER: usize = 16;
+        let mut ahead = place.ahead;
+        for from in (0..units).step_by(TOGETHER) {
+            for u in from..units.min(from + TOGETHER) {
+                for n in 0..N {
+                    let p = b[n].add(u * PANEL);
+                    let w = [V::load(p), V::load(p.add(V::LANES))];
+                    S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, w);
+                }
             }
+            for line in 0..place.lines {
+                fetch(ahead.wrapping_add(line * 16));
+            }
+            ahead = ahead.wrapping_add(place.lines * 16);
         }
         for n in 0..N {
             for r in 0..R {

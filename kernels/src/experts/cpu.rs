@@ -10,14 +10,21 @@ use burn::backend::tensor::FloatTensor;
 
 use super::ExpertsBackend;
 use super::groups::{Groups, Job, activate, step_back};
+use crate::base::acts::Filling;
 use crate::base::buffer::SendPtr;
 use crate::base::flex::{tensor, values, values_mut};
 use crate::base::gemm::{self, Mat};
+use crate::base::masked::scratch;
+use crate::base::memory::arbitrary;
 use crate::base::packed::{Acts, Packed, multiply_into};
-use crate::base::{pool, rows::par_chunks, rows::rows_per_chunk, simd};
+use crate::base::simd::{self, Level};
+use crate::base::tile::PANEL;
+use crate::base::{pool, rows::par_chunks, rows::rows_per_chunk};
 
 /// The least work of a piece of f32 products, in multiply-adds: some twenty microseconds, as a piece packs its operands.
 const LEAST: usize = 1 << 21;
+/// Values of gate and of up that a job keeps between the products: half a MiB each.
+const BETWEEN: usize = 1 << 17;
 /// The least work of a job on packed weights.
 const LEAST_PACKED: usize = 1 << 19;
 
@@ -86,37 +93,60 @@ impl ExpertsBackend for Flex {
         let groups = Groups::new(&choices, sizes.k, sizes.count);
         let slots = groups.slots();
         let x = values(&x);
-        let acts = Acts::new(w1.format(), false, tokens, hidden, &x);
-        let other = (w3.format() != w1.format()).then(|| Acts::new(w3.format(), false, tokens, hidden, &x));
-        let acts_up = other.as_ref().unwrap_or(&acts);
         let level = simd::level();
+        // Tiles want an expert's rows one behind the other; registers take them where they are.
+        let tiles = level >= Level::Amx && tokens > 1;
+        let acts = |format| {
+            let acts = Acts::new(format, false, tokens, hidden, &x);
+            if tiles { acts.select(&groups.tokens) } else { acts }
+        };
+        let other = (w3.format() != w1.format()).then(|| acts(w3.format()));
+        let acts = acts(w1.format());
+        let acts_up = other.as_ref().unwrap_or(&acts);
+        let all: Vec<u32> = (0..slots as u32).collect();
+        let own = if tiles { &all } else { &groups.tokens };
 
-        let (mut h, mut up) = (vec![0.0; slots * ffn], vec![0.0; slots * ffn]);
-        let (to_h, to_up) = (SendPtr(h.as_mut_ptr()), SendPtr(up.as_mut_ptr()));
-        let jobs = groups.jobs(w1.panels(), 2 * 32 * hidden, LEAST_PACKED);
+        // What lies between the products never leaves the job's cache but as the activations of the second one.
+        let h = Filling::new(w2.format(), slots, ffn);
+        const STEP: usize = Filling::STEP;
+        let jobs = groups.jobs(ffn.div_ceil(STEP), 2 * STEP * hidden, LEAST_PACKED);
         pool::run(jobs.len(), |i| {
             let Job { expert, ref rows, ref columns } = jobs[i];
-            let tokens = &groups.tokens[rows.clone()];
-            // SAFETY: these rows and columns of both are this job's alone, and they lie inside.
-            unsafe {
-                let row = |to: SendPtr<f32>| SendPtr(to.get().add(rows.start * ffn));
-                multiply_into(level, &acts, Some(tokens), &w1, expert, columns.clone(), row(to_h), ffn);
-                multiply_into(level, acts_up, Some(tokens), &w3, expert, columns.clone(), row(to_up), ffn);
-                let (from, to) = (columns.start * 32, ffn.min(columns.end * 32));
-                for r in rows.clone() {
-                    let at = |start: SendPtr<f32>| start.get().add(r * ffn + from);
-                    let up = std::slice::from_raw_parts_mut(at(to_up), to - from);
-                    activate(level, up, std::slice::from_raw_parts_mut(at(to_h), to - from));
-                }
+            let (from, to) = (columns.start * STEP, ffn.min(columns.end * STEP));
+            let (width, panels) = (to - from, from / PANEL..to.div_ceil(PANEL));
+            let most = (BETWEEN / width.max(1)).max(32);
+            for first in rows.clone().step_by(most) {
+                let rows = first..rows.end.min(first + most);
+                scratch(2 * rows.len() * width, |memory| {
+                    let (gate, up) = memory.split_at_mut(rows.len() * width);
+                    for (acts, w, to) in [(&acts, &w1, &mut *gate), (acts_up, &w3, &mut *up)] {
+                        // SAFETY: the target is just these columns of these rows; columns before them are not touched.
+                        unsafe {
+                            let start = SendPtr(to.as_mut_ptr().wrapping_sub(from));
+                            multiply_into(
+                                level,
+                                acts,
+                                Some(&own[rows.clone()]),
+                                w,
+                                expert,
+                                panels.clone(),
+                                start,
+                                width,
+                            );
+                        }
+                    }
+                    activate(level, up, gate);
+                    for (r, gate) in rows.zip(gate.chunks_exact(width)) {
+                        // SAFETY: these columns of this row are this job's alone.
+                        unsafe { h.put(level, r, from, gate) };
+                    }
+                });
             }
         });
 
-        let acts = Acts::new(w2.format(), false, slots, ffn, &h);
-        let mut v = up;
-        v.clear();
-        v.resize(slots * hidden, 0.0);
+        let acts = h.done();
+        let mut v = arbitrary(slots * hidden);
         let to = SendPtr(v.as_mut_ptr());
-        let all: Vec<u32> = (0..slots as u32).collect();
         let jobs = groups.jobs(w2.panels(), 32 * ffn, LEAST_PACKED);
         pool::run(jobs.len(), |i| {
             let Job { expert, ref rows, ref columns } = jobs[i];
@@ -151,12 +181,12 @@ fn forward(
     let (gate, mut up) = gate_and_up(&groups, &sizes, &xs, &values(&w1), &values(&w3));
     let level = simd::level();
     let wide = rows_per_chunk(groups.slots(), sizes.ffn) * sizes.ffn;
-    let mut h = vec![0.0; gate.len()];
+    let mut h = arbitrary(gate.len());
     par_chunks([(&mut h, wide), (&mut up, wide)], |chunk, [h, up]| {
         h.copy_from_slice(&gate[chunk * wide..][..h.len()]);
         activate(level, up, h);
     });
-    let mut v = vec![0.0; groups.slots() * sizes.hidden];
+    let mut v = arbitrary(groups.slots() * sizes.hidden);
     let w2 = values(&w2);
     let Sizes { hidden, ffn, .. } = sizes;
     let task = |(e, rows): &(usize, Range<usize>)| Task {
@@ -204,7 +234,7 @@ fn backward(
         });
         let (gate, up) = (values_mut(&mut gate), values_mut(&mut up));
         let d_ys = groups.gather(&values(&d_y), hidden);
-        let mut d = vec![0.0; slots * ffn];
+        let mut d = arbitrary(slots * ffn);
         let task = |(e, rows): &(usize, Range<usize>)| Task {
             m: rows.len(),
             n: ffn,
@@ -236,7 +266,7 @@ fn backward(
             d_shares[slot] = d_share[position as usize];
         }
         let (d_gate, d_up, h) = (&*gate, &*up, &d[..]);
-        let mut d_xs = vec![0.0; slots * hidden];
+        let mut d_xs = arbitrary(slots * hidden);
         let mut tasks = Vec::new();
         for (e, rows) in &groups.experts {
             let (e, k) = (*e, rows.len());
@@ -380,7 +410,7 @@ fn place(x: &mut [f32], rows: &Range<usize>, width: usize) -> SendPtr<f32> {
 /// Gate and up before the activation, `[slots, ffn]` each.
 fn gate_and_up(groups: &Groups, sizes: &Sizes, xs: &[f32], w1: &[f32], w3: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let &Sizes { hidden, ffn, .. } = sizes;
-    let (mut gate, mut up) = (vec![0.0; groups.slots() * ffn], vec![0.0; groups.slots() * ffn]);
+    let (mut gate, mut up) = (arbitrary(groups.slots() * ffn), arbitrary(groups.slots() * ffn));
     let mut tasks = Vec::new();
     for (e, rows) in &groups.experts {
         for (w, to) in [(w1, &mut gate), (w3, &mut up)] {

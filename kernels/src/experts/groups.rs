@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::base::math::{LANES, Lanes, fma, silu, silu_derivative};
+use crate::base::memory::arbitrary;
 use crate::base::simd::{self, Level};
 use crate::base::{pool, rows::par_chunks, rows::rows_per_chunk};
 use crate::simd;
@@ -81,7 +82,7 @@ impl Groups {
 
     /// Rows of `x [tokens, width]` in the order of positions.
     pub fn gather(&self, x: &[f32], width: usize) -> Vec<f32> {
-        let mut out = vec![0.0; self.slots() * width];
+        let mut out = arbitrary(self.slots() * width);
         let each = rows_per_chunk(self.slots(), width);
         par_chunks([(&mut out, each * width)], |chunk, [out]| {
             for (i, out) in out.chunks_exact_mut(width).enumerate() {
@@ -95,7 +96,7 @@ impl Groups {
     /// `y[token] = Σ_rank weight[token, rank] · v[position]`, in the order of ranks; weights of 1 without `weights`.
     pub fn combine(&self, v: &[f32], weights: Option<&[f32]>, width: usize) -> Vec<f32> {
         let level = simd::level();
-        let mut y = vec![0.0; self.slots() / self.k * width];
+        let mut y = arbitrary(self.slots() / self.k * width);
         let each = rows_per_chunk(self.slots() / self.k, width * self.k);
         par_chunks([(&mut y, each * width)], |chunk, [y]| {
             for (i, y) in y.chunks_exact_mut(width).enumerate() {

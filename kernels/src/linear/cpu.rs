@@ -10,6 +10,7 @@ use super::LinearBackend;
 use crate::base::buffer::SendPtr;
 use crate::base::flex::{contiguous, matrix, tensor, values};
 use crate::base::gemm::{Mat, par_gemm, transpose};
+use crate::base::memory::arbitrary;
 use crate::base::packed::{Acts, Format, Packed, multiply_bf16_block, par_multiply};
 use crate::base::tile::{PANEL, Target};
 use crate::base::{pool, simd};
@@ -18,7 +19,7 @@ impl LinearBackend for Flex {
     fn linear(x: FlexTensor, w: FlexTensor) -> FlexTensor {
         let ([n, input], [out, _]) = (dims(&x), dims(&w));
         assert_eq!(dims(&w)[1], input, "x [{n}, {input}] · w {:?}ᵀ", dims(&w));
-        let mut y = vec![0.0; n * out];
+        let mut y = arbitrary(n * out);
         if w.dtype() == DType::F32 {
             let (x, w) = (viewable(x), viewable(w));
             par_gemm(n, out, input, view(&x), view(&w).transposed(), &mut y, out, false);
@@ -34,9 +35,9 @@ impl LinearBackend for Flex {
         let ([n, input], [out, _]) = (dims(&x), dims(&w));
         let kinds = [x.dtype(), w.dtype()];
         let (x, w, d_y) = (viewable(x), viewable(w), viewable(d_y));
-        let mut d_x = vec![0.0; n * input];
+        let mut d_x = arbitrary(n * input);
         par_gemm(n, input, out, view(&d_y), view(&w), &mut d_x, input, false);
-        let mut d_w = vec![0.0; out * input];
+        let mut d_w = arbitrary(out * input);
         par_gemm(out, input, n, view(&d_y).transposed(), view(&x), &mut d_w, input, false);
         let give = |values: Vec<f32>, shape, dtype| match dtype {
             DType::BF16 => tensor_bf16(&values, shape),
@@ -49,7 +50,7 @@ impl LinearBackend for Flex {
         let ([n, input], out) = (dims(&x), w.out());
         assert_eq!((w.count(), w.input()), (1, input), "x [{n}, {input}] · {w:?}ᵀ");
         let x = contiguous(x);
-        let mut y = vec![0.0; n * out];
+        let mut y = arbitrary(n * out);
         par_multiply(&Acts::new(w.format(), exact, n, input, &values(&x)), &w, 0, &mut y);
         tensor(y, [n, out])
     }

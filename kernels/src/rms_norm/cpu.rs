@@ -7,6 +7,7 @@ use burn::backend::flex::FlexTensor;
 use super::RmsNormBackend;
 use crate::base::flex::tensor;
 use crate::base::math::{LANES, fma, sigmoid1};
+use crate::base::memory::arbitrary;
 use crate::base::rows::{Rows, par_chunks, rows_per_chunk};
 use crate::base::simd::level;
 use crate::simd;
@@ -19,7 +20,7 @@ impl RmsNormBackend for Flex {
         let shape = x.layout().shape().clone();
         let w = Weight::new(w);
         let x = Rows::new(x, w.dim);
-        let mut y = vec![0.0; x.n * x.dim];
+        let mut y = arbitrary(x.n * x.dim);
         let (level, eps, per) = (level(), eps as f32, rows_per_chunk(x.n, x.dim));
         par_chunks([(&mut y, per * x.dim)], |chunk, [y]| {
             let mut scratch = Vec::new();
@@ -34,7 +35,7 @@ impl RmsNormBackend for Flex {
         let shape = x.layout().shape().clone();
         let w = Weight::new(w);
         let (x, d_y) = (Rows::new(x, w.dim), Rows::new(d_y, w.dim));
-        let mut d_x = vec![0.0; x.n * x.dim];
+        let mut d_x = arbitrary(x.n * x.dim);
         let per = x.n.div_ceil(PARTS).max(32);
         let mut d_w = vec![0.0; x.n.div_ceil(per) * x.dim];
         let (level, eps) = (level(), eps as f32);
@@ -60,7 +61,7 @@ impl RmsNormBackend for Flex {
         let w = Weight::new(w);
         let (residual, branch) = (Rows::new(residual, w.dim), Rows::new(branch, w.dim));
         let (n, dim) = (residual.n, residual.dim);
-        let (mut sum, mut y) = (vec![0.0; n * dim], vec![0.0; n * dim]);
+        let (mut sum, mut y) = (arbitrary(n * dim), arbitrary(n * dim));
         let (level, per) = (level(), rows_per_chunk(n, dim));
         let (alpha, beta, eps) = (alpha as f32, beta as f32, eps as f32);
         par_chunks([(&mut sum, per * dim), (&mut y, per * dim)], |chunk, [sum, y]| {
@@ -78,7 +79,7 @@ impl RmsNormBackend for Flex {
         let shape = gate.layout().shape().clone();
         let w = Weight::new(w);
         let (o, gate) = (Rows::new(o, w.dim), Rows::new(gate, w.dim));
-        let mut y = vec![0.0; o.n * o.dim];
+        let mut y = arbitrary(o.n * o.dim);
         let (level, eps, per) = (level(), eps as f32, rows_per_chunk(o.n, o.dim));
         par_chunks([(&mut y, per * o.dim)], |chunk, [y]| {
             let (mut a, mut b) = (Vec::new(), Vec::new());
@@ -101,7 +102,7 @@ impl RmsNormBackend for Flex {
         let w = Weight::new(w);
         let (o, gate, d_y) = (Rows::new(o, w.dim), Rows::new(gate, w.dim), Rows::new(d_y, w.dim));
         let (n, dim) = (o.n, o.dim);
-        let (mut d_o, mut d_gate) = (vec![0.0; n * dim], vec![0.0; n * dim]);
+        let (mut d_o, mut d_gate) = (arbitrary(n * dim), arbitrary(n * dim));
         let per = n.div_ceil(PARTS).max(32);
         let mut d_w = vec![0.0; n.div_ceil(per) * dim];
         let (level, eps) = (level(), eps as f32);

@@ -6,6 +6,7 @@ use burn::backend::flex::FlexTensor;
 use super::RotaryBackend;
 use crate::base::flex::tensor;
 use crate::base::math::fma;
+use crate::base::memory::arbitrary;
 use crate::base::rows::{Rows, par_chunks, rows_per_chunk, unique};
 use crate::base::simd::level;
 use crate::simd;
@@ -39,7 +40,7 @@ impl RotaryBackend for Flex {
             return x;
         }
         let x = Rows::new(x, dim);
-        let mut y = vec![0.0; tokens * dim];
+        let mut y = arbitrary(tokens * dim);
         par_chunks([(&mut y, per * dim)], |chunk, [y]| {
             let (mut a, mut b, mut c) = (Vec::new(), Vec::new(), Vec::new());
             for (i, row) in y.chunks_exact_mut(dim).enumerate() {

@@ -6,6 +6,7 @@ use burn::backend::flex::FlexTensor;
 use super::SiluBackend;
 use crate::base::flex::tensor;
 use crate::base::math::{LANES, Lanes, silu, silu_derivative};
+use crate::base::memory::arbitrary;
 use crate::base::rows::{Rows, par_chunks, rows_per_chunk, unique};
 use crate::base::simd::level;
 use crate::simd;
@@ -20,7 +21,7 @@ impl SiluBackend for Flex {
         }
         let shape = x.layout().shape().clone();
         let x = rows(x);
-        let mut y = vec![0.0; x.n * x.dim];
+        let mut y = arbitrary(x.n * x.dim);
         let per = rows_per_chunk(x.n, x.dim);
         par_chunks([(&mut y, per * x.dim)], |chunk, [y]| {
             let mut scratch = Vec::new();
@@ -45,7 +46,7 @@ impl SiluBackend for Flex {
             });
         } else {
             let d = rows(d_y);
-            let mut d_x = vec![0.0; x.n * x.dim];
+            let mut d_x = arbitrary(x.n * x.dim);
             par_chunks([(&mut d_x, per * x.dim)], |chunk, [d_x]| {
                 let (mut a, mut b) = (Vec::new(), Vec::new());
                 for (i, d_x) in d_x.chunks_exact_mut(x.dim).enumerate() {

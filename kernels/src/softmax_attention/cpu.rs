@@ -13,6 +13,7 @@ use crate::base::buffer::SendPtr;
 use crate::base::flex::tensor;
 use crate::base::masked::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
 use crate::base::math::{LANES, exp};
+use crate::base::memory::arbitrary;
 use crate::base::pool;
 use crate::base::simd::{Level, level};
 use crate::base::view::{View, forward_strides, swapped};
@@ -358,7 +359,7 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
     let keys: Vec<FlexTensor> = keys.into_iter().map(forward_strides).collect();
     let values: Vec<FlexTensor> = values.into_iter().map(forward_strides).collect();
     let kv_heads = keys[0].shape()[1];
-    let mut o = vec![0.0_f32; rows * tokens * heads * dim];
+    let mut o = arbitrary(rows * tokens * heads * dim);
     let mut lse = vec![0.0_f32; if want_lse { rows * heads * tokens } else { 0 }];
     if !o.is_empty() {
         let group = heads / kv_heads;
@@ -405,7 +406,7 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
         let spans = |task: &Task| call.most(task).div_ceil(SPAN);
         let deepest = (past + tokens).div_ceil(SPAN);
         if deepest > 1 && tasks < 4 * pool::threads() && tasks * deepest * words <= PARTIALS {
-            let mut partials = vec![0.0_f32; tasks * deepest * words];
+            let mut partials = arbitrary(tasks * deepest * words);
             let all = SendPtr(partials.as_mut_ptr());
             pool::run(tasks * deepest, |i| {
                 let (task, span) = (task(i / deepest), i % deepest);
