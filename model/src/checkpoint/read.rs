@@ -20,6 +20,7 @@ use super::error::CheckpointError;
 use super::quantization::Quantization;
 use super::rows::{Once, Rows};
 use super::slots::{Slot, of_expert, slots};
+use crate::config::ModelConfig;
 use crate::model::M1;
 use crate::weight::{Held, Weight};
 
@@ -49,14 +50,31 @@ pub struct LoadOptions {
 /// that the configuration asks for are there in the right shapes.
 pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, CheckpointError> {
     let directory = Directory::open(path, options.rotary_dim)?;
-    let bf16 = device.supports_dtype(DType::BF16);
-    if options.dtype == Some(WeightDtype::Bf16) && !bf16 {
-        return Err(CheckpointError::NoBf16);
-    }
+    check_bf16(device, options)?;
     check_quantization(&directory, path, options.quantize)?;
+    build(directory.config(), path, directory.check()?, device, options)
+}
+
+/// Refuses bf16 on a device that does not compute in it.
+pub(super) fn check_bf16(device: &Device, options: &LoadOptions) -> Result<(), CheckpointError> {
+    match options.dtype {
+        Some(WeightDtype::Bf16) if !device.supports_dtype(DType::BF16) => Err(CheckpointError::NoBf16),
+        _ => Ok(()),
+    }
+}
+
+/// The model of these tensors, which are all that the configuration asks for.
+pub(super) fn build(
+    config: &ModelConfig,
+    path: &Path,
+    tensors: Vec<Checked>,
+    device: &Device,
+    options: &LoadOptions,
+) -> Result<M1, CheckpointError> {
+    let bf16 = device.supports_dtype(DType::BF16);
     let mut stored = HashMap::new();
     let (mut total, mut narrow) = (0, true);
-    for Checked { spec, rows } in directory.check()? {
+    for Checked { spec, rows } in tensors {
         total += rows.bytes();
         let blocks = options.quantize.and_then(|quantization| quantization.of(spec.role));
         let rows = rows.quantized(blocks);
@@ -67,7 +85,7 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
     let packed = !options.tensors && !device.is_autodiff() && on_cpu(&Tensor::<1>::zeros([1], device));
     // Tensors meet each other and must be of one dtype; packed weights all meet activations in f32.
     let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16: bf16 && (packed || narrow) };
-    let mut model = M1::new(directory.config(), device);
+    let mut model = M1::new(config, device);
     let mut take = |name: &str| {
         let lacks = || CheckpointError::Missing { path: path.into(), tensors: vec![name.into()] };
         stored.remove(name).ok_or_else(lacks)
@@ -94,7 +112,7 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
                 };
             }
             Slot::Experts(weight) => {
-                let count = directory.config().num_local_experts;
+                let count = config.num_local_experts;
                 let all = (0..count).map(|e| take(&of_expert(&name, e))).collect::<Result<Vec<_>, _>>()?;
                 *weight = match packed {
                     true => reader.packed(all, false)?,
@@ -235,8 +253,8 @@ fn is_narrow(rows: &Rows) -> bool {
 
 /// A row as the bits of bf16; those that are stored so are not touched.
 fn read_bf16(rows: &Rows, row: usize, out: &mut [u16]) -> Result<(), &'static str> {
-    if (rows.number(), rows.blocks()) == (Some(Number::Bf16), None) {
-        bits(rows.raw(row..row + 1), out);
+    if let Some(raw) = rows.raw_bf16(row) {
+        bits(raw, out);
         return Ok(());
     }
     let mut wide = vec![0f32; out.len()];
