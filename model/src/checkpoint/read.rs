@@ -4,10 +4,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use burn::module::Param;
+use burn::module::{Initializer, Param};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
+use burn_store::{ModuleSnapshot, bridge, burn_pack::Error as PackError};
 use indicatif::{ProgressBar, ProgressStyle};
 use m1_kernels::base::on_cpu;
 use m1_kernels::base::packed::{Format, Packed};
@@ -178,7 +179,7 @@ impl Reader<'_> {
         self.tensor([rows], |rows| [rows[0].rows(), rows[0].width()], exact)
     }
 
-    /// A parameter from one matrix after the other.
+    /// A parameter from one matrix after the other, which are read when burn-store puts them in.
     fn tensor<const D: usize>(
         &self,
         all: impl Into<Vec<Rows>>,
@@ -186,41 +187,30 @@ impl Reader<'_> {
         exact: bool,
     ) -> Result<Param<Tensor<D>>, CheckpointError> {
         let all = all.into();
-        let shape = shape(&all);
-        let (data, dtype) = match self.wide(&all, exact) {
-            true => (TensorData::new(self.fill(&all, Rows::read)?, shape), DType::F32),
-            false => (
-                TensorData::from_bytes(Bytes::from_elems(self.fill(&all, read_bf16)?), shape, DType::BF16),
-                DType::BF16,
-            ),
-        };
-        Ok(Param::from_tensor(Tensor::from_data(data, (self.device, dtype))))
-    }
-
-    /// All rows of all matrices, read by all threads.
-    fn fill<T: Copy + Default + Send>(
-        &self,
-        all: &[Rows],
-        read: impl Fn(&Rows, usize, &mut [T]) -> Result<(), &'static str> + Sync,
-    ) -> Result<Vec<T>, CheckpointError> {
-        let width = all[0].width();
-        let mut out = vec![T::default(); all.iter().map(Rows::rows).sum::<usize>() * width];
-        let mut rest = &mut out[..];
-        // Enough numbers for a thread to be worth waking.
-        let piece = (1usize << 16).div_ceil(width);
-        for rows in all {
-            let (these, others) = rest.split_at_mut(rows.rows() * width);
-            rest = others;
-            let once = Once::new(rows, self.bar);
-            these.par_chunks_mut(piece * width).enumerate().for_each(|(chunk, out)| {
-                for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                    let i = chunk * piece + i;
-                    once.row(i, |rows| read(rows, i, out));
-                }
-            });
-            once.finish()?;
+        let (first, shape) = (all[0].clone(), shape(&all));
+        let wide = self.wide(&all, exact);
+        let dtype = if wide { DType::F32 } else { DType::BF16 };
+        let (bar, failed) = (self.bar.clone(), Arc::new(OnceLock::new()));
+        let told = failed.clone();
+        let snapshot = bridge::deferred(String::new(), dtype, shape.into(), None, move || {
+            let data = match wide {
+                true => fill(&all, &bar, Rows::read).map(|numbers| TensorData::new(numbers, shape)),
+                false => fill(&all, &bar, read_bf16)
+                    .map(|bits| TensorData::from_bytes(Bytes::from_elems(bits), shape, DType::BF16)),
+            };
+            data.map_err(|error| {
+                let said = error.to_string();
+                let _ = told.set(error);
+                PackError::ValidationError(said)
+            })
+        });
+        let mut param = Initializer::Zeros.init(shape, self.device); // not made: what is put in takes its place
+        let result = param.apply(vec![snapshot], None, None, true);
+        match (Arc::into_inner(failed).and_then(OnceLock::into_inner), result.errors.first()) {
+            (Some(error), _) => Err(error),
+            (None, Some(error)) => Err(first.flawed(&error.to_string())),
+            (None, None) => Ok(param),
         }
-        Ok(out)
     }
 
     /// The form that the CPU's products read: from several matrices of one shape, a stack.
@@ -244,6 +234,32 @@ impl Reader<'_> {
         once.into_iter().try_for_each(Once::finish)?;
         Ok(Held::Constant(packed.map_err(|error| all[0].flawed(&error.to_string()))?))
     }
+}
+
+/// All rows of all matrices, read by all threads.
+fn fill<T: Copy + Default + Send>(
+    all: &[Rows],
+    bar: &ProgressBar,
+    read: impl Fn(&Rows, usize, &mut [T]) -> Result<(), &'static str> + Sync,
+) -> Result<Vec<T>, CheckpointError> {
+    let width = all[0].width();
+    let mut out = vec![T::default(); all.iter().map(Rows::rows).sum::<usize>() * width];
+    let mut rest = &mut out[..];
+    // Enough numbers for a thread to be worth waking.
+    let piece = (1usize << 16).div_ceil(width);
+    for rows in all {
+        let (these, others) = rest.split_at_mut(rows.rows() * width);
+        rest = others;
+        let once = Once::new(rows, bar);
+        these.par_chunks_mut(piece * width).enumerate().for_each(|(chunk, out)| {
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                let i = chunk * piece + i;
+                once.row(i, |rows| read(rows, i, out));
+            }
+        });
+        once.finish()?;
+    }
+    Ok(out)
 }
 
 /// Whether bf16 is enough, as far as `None` for a dtype promises: for what is stored so, and for what is quantized.
