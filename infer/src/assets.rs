@@ -4,6 +4,7 @@ use crate::engine::Engine;
 use crate::generation_config::{self, GenerationConfig, GenerationConfigError};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use m1_model::ModelConfig;
 use m1_model::checkpoint::{self, CheckpointError, Directory, Quantization, WeightDtype};
 use m1_model::device::OpenDevice;
 use std::path::Path;
@@ -109,11 +110,29 @@ impl Assets {
 
 /// The model alone.
 pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
-    let LoadSettings { dtype, quantize, rotary_dim, .. } = *settings;
+    let LoadSettings { quantize, rotary_dim, .. } = *settings;
     let quantized = || Ok::<_, CheckpointError>(Directory::open(dir, rotary_dim)?.quantization().is_some());
-    if !device.is_cpu && (quantize.is_some() || quantized()?) {
+    note_quantized(device, quantize.is_some() || !device.is_cpu && quantized()?);
+    checkpoint::load(dir, &device.device, &options(settings))
+}
+
+/// A model of random weights, the same ones every time.
+pub fn random_model(
+    config: &ModelConfig,
+    device: &OpenDevice,
+    settings: &LoadSettings,
+) -> Result<m1_model::M1, CheckpointError> {
+    note_quantized(device, settings.quantize.is_some());
+    checkpoint::random(config, 1, &device.device, &options(settings))
+}
+
+fn note_quantized(device: &OpenDevice, quantized: bool) {
+    if quantized && !device.is_cpu {
         note!("note: quantized weights are dequantized while loading: only the CPU multiplies them as they are");
     }
-    let options = checkpoint::LoadOptions { dtype, quantize, rotary_dim, progress: true, tensors: false };
-    checkpoint::load(dir, &device.device, &options)
+}
+
+fn options(settings: &LoadSettings) -> checkpoint::LoadOptions {
+    let LoadSettings { dtype, quantize, rotary_dim, .. } = *settings;
+    checkpoint::LoadOptions { dtype, quantize, rotary_dim, progress: true, tensors: false }
 }

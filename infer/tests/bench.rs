@@ -60,7 +60,56 @@ fn the_table_is_markdown_and_the_lines_are_json() {
     let lines = m1("bench", &["-p", "4", "-n", "2", "-r", "1", "-o", "jsonl", "--dtype", "bf16"], "").ok();
     let tests: Vec<Value> = lines.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!((&tests[0]["test"], &tests[1]["test"], tests.len()), (&"pp4".into(), &"tg2".into(), 2));
-    assert_eq!(tests[0]["dtype"], "bf16");
+    assert_eq!((&tests[0]["dtype"], &tests[0]["random_weights"]), (&"bf16".into(), &false.into()));
+}
+
+fn random(args: &[&str]) -> common::Run {
+    common::run(bare(&[&["bench", "--device", "cpu", "-p", "4", "-n", "2", "-r", "1"], args].concat()), "")
+}
+
+#[test]
+fn random_weights_need_no_checkpoint() {
+    let run = random(&["--random", "nano", "--json"]).ok();
+    let rows: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 2);
+    for row in rows.as_array().unwrap() {
+        assert_eq!((&row["model_filename"], &row["random_weights"]), (&"nano, random".into(), &true.into()));
+        assert_eq!(
+            (&row["dtype"], &row["layers"], &row["model_n_params"]),
+            (&"bf16".into(), &8.into(), &3_906_560.into())
+        );
+        assert!((row["avg_layer_ts"].as_f64().unwrap() / row["avg_ts"].as_f64().unwrap() - 8.0).abs() < 1e-9);
+    }
+    // A configuration by its file or its directory; less than all layers, of few ids.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.json");
+    std::fs::write(&file, m1_model::ModelConfig::preset("base").unwrap().to_json()).unwrap();
+    for (config, layers, name) in
+        [(folder.path(), "lightning,softmax", "1 lightning + 1 softmax"), (&file, "1", "1 lightning")]
+    {
+        let options =
+            ["--random", config.to_str().unwrap(), "--layers", layers, "--quantize", "int4", "--quantize-all"];
+        let table = random(&options).ok().stdout;
+        let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split('|').map(str::trim).collect()).collect();
+        assert!(lines[0].contains(&"layer-t/s") && lines.len() == 4, "{table}");
+        assert!(lines[2][1].ends_with(&format!(", random, {name}")), "{table}");
+        assert_eq!(lines[2][4], "int4", "{table}");
+    }
+}
+
+#[test]
+fn mistakes_with_random_weights() {
+    for (args, wanted) in [
+        (&["--random", "huge"][..], "--random huge: expected nano, small, base, a config.json or a directory with one"),
+        (&["--random", "nano", "--layers", "9"], "--layers 9: nano has 8"),
+        (&["--random", "nano", "--layers", "linear"], "lightning and softmax"),
+        (&["--random", "nano", "--model", "nano"], "cannot be used with"),
+        (&["--layers", "1"], "required arguments"),
+        (&[], "required arguments"),
+    ] {
+        let run = random(args);
+        assert!(run.mistake().contains(wanted), "{args:?}: {}", run.stderr);
+    }
 }
 
 #[test]

@@ -103,15 +103,17 @@ fn main() {
             name: &format!("log_prob {n} × {vocab} × {dim}"),
             work: products,
             unit: "GFLOP/s",
-            ours: &|| drop(log_prob::log_prob(hidden.clone(), head.clone(), &targets, 1.0)),
+            ours: &|| drop(log_prob::log_prob(hidden.clone(), &head.clone().into(), &targets, 1.0)),
             definition: &|| drop(log_prob::reference::log_prob(hidden.clone(), head.clone(), &targets, 1.0)),
         });
         let (hidden, head) = (Tensor::from_inner(hidden), Tensor::from_inner(head));
         assert!(hidden.device() == training, "leaves lie on the autodiff device");
         let train = |fast: bool| {
             let (hidden, head) = (hidden.clone().require_grad(), head.clone().require_grad());
-            let op = if fast { log_prob::log_prob } else { log_prob::reference::log_prob };
-            let (log_p, entropy) = op(hidden, head, &targets, 1.0);
+            let (log_p, entropy) = match fast {
+                true => log_prob::log_prob(hidden, &head.into(), &targets, 1.0),
+                false => log_prob::reference::log_prob(hidden, head, &targets, 1.0),
+            };
             drop((log_p + entropy * 0.01).sum().backward());
         };
         // Ours forms the logits twice: four products and not three.

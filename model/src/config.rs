@@ -197,6 +197,18 @@ impl ModelConfig {
         })
     }
 
+    /// The same model with other layers: one of each of these kinds, in this order.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::validate`]: for no layers at all, or too many.
+    pub fn with_layers(&self, kinds: &[AttentionKind]) -> Result<Self, ConfigError> {
+        let number = |kind: &AttentionKind| u8::from(*kind == AttentionKind::Softmax);
+        let attn_type_list = kinds.iter().map(number).collect();
+        let config = Self { num_hidden_layers: kinds.len(), attn_type_list, ..self.clone() };
+        config.validate()?;
+        Ok(config)
+    }
+
     /// The kind of attention in layer `layer` (below `num_hidden_layers`).
     pub fn kind(&self, layer: usize) -> AttentionKind {
         match self.attn_type_list[layer] {

@@ -4,8 +4,10 @@
 //! Logits are made where the engine makes them (after a prompt's last token, after every token of a decode) and
 //! read back to the host, which also waits for a device that works asynchronously.
 
-use super::common::{ModelArgs, whole};
-use crate::assets::load_model;
+mod subject;
+
+use self::subject::{Layers, Subject};
+use super::common::{WeightArgs, whole};
 use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
 use anyhow::{Context, ensure};
@@ -16,6 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Tokens of a decode's warm-up.
@@ -28,14 +31,28 @@ const WARM_UP: usize = 8;
   m1 bench --model DIR -p 512,2048,8192 -n 128 -d 0,4096,16384
   m1 bench --model DIR --dtype bf16 -p 0 -n 64 -r 5        (decode only)
   m1 bench --model DIR --json | jq '.[] | [.test, .avg_ts]'
+  m1 bench --random base --quantize int8                   (no checkpoint: random weights of these sizes)
+  m1 bench --random M1 --layers lightning -p 0 -n 16       (M1: the directory of MiniMax-M1's config.json)
 
 pp512 reads a prompt of 512 tokens; tg128 feeds 128 tokens one at a time; @ d4096 does so behind 4096 others. Token ids
 are random. A depth is filled once and taken up again for every repetition. t/s is the mean over the repetitions ± their
 standard deviation; GB/s is that of the weights a token reads (embedding: one row; experts: those it visits) and
-GFLOP/s counts 2 a multiply-add, without embedding and head. Ctrl-C ends with what has been measured.")]
+GFLOP/s counts 2 a multiply-add, without embedding and head. Ctrl-C ends with what has been measured.
+
+--random holds bf16 unless --dtype or --quantize says otherwise. With --layers the vocabulary is cut to 1024 ids: what is
+left to time is layers, and layer-t/s is t/s times their number. One lightning layer of M1 takes 11.4 GB in bf16.")]
 pub struct Args {
+    /// Directory of a checkpoint in Hugging Face form: config.json and safetensors
+    #[arg(long, short, value_name = "DIR", required_unless_present = "random")]
+    model: Option<PathBuf>,
+    /// Instead of --model: random weights of a configuration: nano, small, base, a config.json or a directory with one
+    #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
+    random: Option<PathBuf>,
+    /// With --random: so many of its layers from the first on, or one of each kind named (lightning,softmax,…)
+    #[arg(long, value_name = "N|KIND,…", requires = "random")]
+    layers: Option<Layers>,
     #[command(flatten)]
-    model: ModelArgs,
+    weights: WeightArgs,
     /// Tokens of the prompts to read; 0 leaves this test out
     #[arg(long = "n-prompt", short = 'p', value_name = "N,…", default_value = "512", value_delimiter = ',',
         allow_negative_numbers = true, value_parser = whole::<usize>)]
@@ -80,25 +97,33 @@ enum Output {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tests = tests(&args.prompts, &args.decodes, &args.depths);
     ensure!(!tests.is_empty(), "nothing to measure: give -p or -n a number above 0");
-    let device = args.model.open_device()?;
+    let subject = Subject::new(args.model.as_deref(), args.random.as_deref(), args.layers.as_ref(), &args.weights)?;
+    let device = args.weights.open_device()?;
     if !device.is_cpu {
         ensure!(args.threads.is_none(), "--threads counts on the CPU only; add --device cpu");
-        return measure(args, tests, device, None);
+        return measure(args, subject, tests, device, None);
     }
     // Burn's own operations use rayon's threads, ours the pool's.
     let threads = args.threads.map_or_else(pool::threads, usize::from);
     let rayon = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     rayon.with_context(|| format!("{threads} threads"))?;
-    pool::with_threads(threads, || measure(args, tests, device, Some(threads)))
+    pool::with_threads(threads, || measure(args, subject, tests, device, Some(threads)))
 }
 
 /// Measures with so many threads, where they are the CPU's.
-fn measure(args: Args, tests: Vec<Test>, device: OpenDevice, threads: Option<usize>) -> anyhow::Result<()> {
-    let settings = args.model.settings(None);
-    let model = load_model(&args.model.model, &device, &settings)?;
-    let directory = args.model.model.canonicalize().unwrap_or_else(|_| args.model.model.clone());
+fn measure(
+    args: Args,
+    subject: Subject,
+    tests: Vec<Test>,
+    device: OpenDevice,
+    threads: Option<usize>,
+) -> anyhow::Result<()> {
+    let model = subject.load(&device, &args.weights.settings(None))?;
     let about = About {
-        model: directory.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned()),
+        model: subject.name(),
+        random: subject.is_random(),
+        layers: model.config().num_hidden_layers,
+        cut: args.layers.is_some(),
         size: model.weight_bytes().into(),
         parameters: flops::parameters(model.config()),
         dtype: model.form(),
@@ -258,6 +283,10 @@ impl Bench<'_> {
 /// What all rows of the table share.
 struct About {
     model: String,
+    random: bool,
+    layers: usize,
+    /// Whether the layers are not all that the configuration has.
+    cut: bool,
     size: u128,
     parameters: u128,
     dtype: String,
@@ -308,6 +337,8 @@ impl Measured {
             "model_filename": about.model,
             "model_size": u64::try_from(about.size).unwrap_or(u64::MAX),
             "model_n_params": u64::try_from(about.parameters).unwrap_or(u64::MAX),
+            "random_weights": about.random,
+            "layers": about.layers,
             "dtype": about.dtype,
             "device": about.device,
             "n_threads": about.threads,
@@ -320,6 +351,7 @@ impl Measured {
             "stddev_ns": deviation(&nanoseconds).round(),
             "avg_ts": mean(&self.rates),
             "stddev_ts": deviation(&self.rates),
+            "avg_layer_ts": mean(&self.rates) * about.layers as f64,
             "samples_ns": nanoseconds,
             "samples_ts": self.rates,
             "weight_bytes_per_token": u64::try_from(about.token_bytes).unwrap_or(u64::MAX),
@@ -348,7 +380,7 @@ struct Report<'a> {
 }
 
 /// Heads of the table and the least width of a column; a negative width is aligned to the left.
-const COLUMNS: [(&str, i32); 11] = [
+const COLUMNS: [(&str, i32); 12] = [
     ("model", -12),
     ("size", 10),
     ("params", 9),
@@ -360,6 +392,7 @@ const COLUMNS: [(&str, i32); 11] = [
     ("MB/token", 9),
     ("GB/s", 7),
     ("GFLOP/s", 9),
+    ("layer-t/s", 9), // of a model with less than all its layers
 ];
 
 impl<'a> Report<'a> {
@@ -367,12 +400,12 @@ impl<'a> Report<'a> {
         let report = Self { output, about, rows: 0 };
         match output {
             Output::Md => {
-                report.line(COLUMNS.map(|(head, _)| head.to_string()))?;
-                let rule = |(_, width): (&str, i32)| {
-                    let dashes = "-".repeat(width.unsigned_abs() as usize);
+                report.line(&COLUMNS.map(|(head, _)| head.to_string()))?;
+                let rule = |(head, width): (&str, i32)| {
+                    let dashes = "-".repeat(report.wide(head, width));
                     if width < 0 { dashes } else { dashes[1..].to_string() + ":" }
                 };
-                report.line(COLUMNS.map(rule))?;
+                report.line(&COLUMNS.map(rule))?;
             }
             Output::Json => print("[")?,
             Output::Jsonl => {}
@@ -380,10 +413,17 @@ impl<'a> Report<'a> {
         Ok(report)
     }
 
-    fn line(&self, cells: [String; 11]) -> std::io::Result<()> {
+    /// Characters of a column: a model's name is known before the first line.
+    fn wide(&self, head: &str, width: i32) -> usize {
+        let least = if head == "model" { self.about.model.chars().count() } else { 0 };
+        least.max(width.unsigned_abs() as usize)
+    }
+
+    fn line(&self, cells: &[String; COLUMNS.len()]) -> std::io::Result<()> {
         let mut text = String::from("|");
-        for (cell, (_, width)) in cells.iter().zip(COLUMNS) {
-            let wide = width.unsigned_abs() as usize;
+        let shown = if self.about.cut { COLUMNS.len() } else { COLUMNS.len() - 1 };
+        for (cell, (head, width)) in cells[..shown].iter().zip(COLUMNS) {
+            let wide = self.wide(head, width);
             text += &if width < 0 { format!(" {cell:<wide$} |") } else { format!(" {cell:>wide$} |") };
         }
         print(&(text + "\n"))
@@ -398,7 +438,7 @@ impl<'a> Report<'a> {
             Output::Md => {
                 let or_dash = |x: Option<f64>, digits| x.map_or("-".into(), |x| format!("{x:.digits$}"));
                 let mb = measured.test.decode.then_some(about.token_bytes as f64 / 1e6);
-                self.line([
+                self.line(&[
                     about.model.clone(),
                     format!("{:.2} MiB", about.size as f64 / (1 << 20) as f64),
                     format!("{:.2} M", about.parameters as f64 / 1e6),
@@ -410,6 +450,7 @@ impl<'a> Report<'a> {
                     or_dash(mb, 2),
                     or_dash(measured.gigabytes(about), 2),
                     or_dash(measured.gigaflops(), 1),
+                    format!("{:.2}", mean(&measured.rates) * about.layers as f64),
                 ])
             }
         }

@@ -25,6 +25,14 @@ pub struct ModelArgs {
     /// Directory of a checkpoint in Hugging Face form: config.json, safetensors, tokenizer.json
     #[arg(long, short, value_name = "DIR")]
     pub model: PathBuf,
+    /// Where, and in which form.
+    #[command(flatten)]
+    pub weights: WeightArgs,
+}
+
+/// Where a model runs, and what its weights are held in.
+#[derive(Debug, Clone, clap::Args)]
+pub struct WeightArgs {
     /// Where to run: auto (CUDA, then a GPU through wgpu, then the CPU), cuda[:N], wgpu[:N] or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
@@ -45,7 +53,7 @@ pub struct ModelArgs {
     pub rotary_dim: Option<usize>,
 }
 
-impl ModelArgs {
+impl WeightArgs {
     /// Finds the device and says which it is.
     pub fn open_device(&self) -> anyhow::Result<OpenDevice> {
         let device = self.device.open()?;
@@ -60,10 +68,12 @@ impl ModelArgs {
         let quantize = self.quantize.and_then(|bits| Quantization::new(bits, block, self.quantize_all).ok());
         LoadSettings { dtype: self.dtype, quantize, rotary_dim: self.rotary_dim, context }
     }
+}
 
+impl ModelArgs {
     /// Loads model and tokenizer.
     pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
-        let assets = Assets::load(&self.model, &self.open_device()?, &self.settings(context))?;
+        let assets = Assets::load(&self.model, &self.weights.open_device()?, &self.weights.settings(context))?;
         let dir = self.model.display();
         if assets.end_ids.is_empty() {
             note!("warning: {dir}: no eos_token_id and no eos_token says which id ends a turn: only limits end a text");

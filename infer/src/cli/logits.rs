@@ -47,8 +47,8 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let name = args.tokens.display().to_string();
     let rows = read_rows(&args.tokens).context(name.clone())?;
-    let device = args.model.open_device()?;
-    let settings = args.model.settings(None);
+    let device = args.model.weights.open_device()?;
+    let settings = args.model.weights.settings(None);
     let model = load_model(&args.model.model, &device, &settings)?;
     let vocab = model.config().vocab_size;
     for (r, row) in rows.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! A weight is a value: the matrix of a linear map, or a layer's stacked experts, in whatever form it is held.
 //!
-//! Only `linear` and `experts` look inside; everything else hands it on.
+//! Only `linear`, `experts` and `log_prob` look inside; everything else hands it on.
 
 use burn::tensor::Tensor;
 

@@ -9,10 +9,12 @@ use burn::tensor::{DType, TensorData, bf16};
 
 use super::LogProbBackend;
 use crate::base::flex::{matrix, tensor};
-use crate::base::gemm::{Mat, par_gemm};
+use crate::base::gemm::{Mat, par_gemm, transpose};
 use crate::base::math::{LANES, exp1, fma};
+use crate::base::packed::{Format, Packed};
 use crate::base::rows::{par_chunks, rows_per_chunk};
 use crate::base::simd::level;
+use crate::base::tile::PANEL;
 use crate::simd;
 
 /// Entries of the vocabulary that are summed by themselves.
@@ -25,47 +27,7 @@ const WIDENED: usize = 1 << 23;
 
 impl LogProbBackend for Flex {
     fn log_prob(hidden: FlexTensor, head: FlexTensor, targets: Vec<u32>, temperature: f64) -> FlexTensor {
-        let (hidden, head) = (Matrix::new(hidden), Head::new(head));
-        let (n, vocab) = (hidden.rows, head.vocab());
-        let scale = (1.0 / temperature) as f32;
-        let (tokens, entries) = tile(n, vocab, hidden.columns, head.widened());
-        let mut logits = vec![0.0; tokens * entries];
-        let mut blocks = vec![0.0; tokens * entries.div_ceil(BLOCK) * 3];
-        let mut wide = Vec::new();
-        let mut out = vec![0.0; n * 4];
-        let mut sums = vec![Sums::default(); tokens];
-        let level = level();
-        for start in (0..n).step_by(tokens) {
-            let m = tokens.min(n - start);
-            sums[..m].fill(Sums::default());
-            for first in (0..vocab).step_by(entries) {
-                let len = entries.min(vocab - first);
-                let weights = head.rows(first, len, &mut wide);
-                let logits = &mut logits[..m * len];
-                par_gemm(m, len, hidden.columns, hidden.from(start), weights.transposed(), logits, len, false);
-
-                let count = len.div_ceil(BLOCK);
-                let blocks = &mut blocks[..m * count * 3];
-                let per = rows_per_chunk(m * count, BLOCK);
-                let logits = &*logits;
-                par_chunks([(&mut *blocks, per * 3)], |chunk, [blocks]| {
-                    for (i, block) in blocks.chunks_exact_mut(3).enumerate() {
-                        let (token, at) = ((chunk * per + i) / count, (chunk * per + i) % count * BLOCK);
-                        reduce(level, &logits[token * len..][at..len.min(at + BLOCK)], scale, block);
-                    }
-                });
-                for (token, (blocks, sums)) in blocks.chunks_exact(count * 3).zip(&mut sums).enumerate() {
-                    blocks.chunks_exact(3).for_each(|block| sums.add(block));
-                    if let Some(at) = (targets[start + token] as usize).checked_sub(first).filter(|&at| at < len) {
-                        sums.at_target = logits[token * len + at] * scale;
-                    }
-                }
-            }
-            for (sums, out) in sums.iter().zip(out[start * 4..].chunks_exact_mut(4)) {
-                out.copy_from_slice(&sums.result());
-            }
-        }
-        tensor(out, [n, 4])
+        forward(hidden, Head::new(head), &targets, temperature)
     }
 
     fn log_prob_backward(
@@ -76,51 +38,128 @@ impl LogProbBackend for Flex {
         out: FlexTensor,
         d_out: FlexTensor,
     ) -> (FlexTensor, FlexTensor) {
-        let (hidden, head) = (Matrix::new(hidden), Head::new(head));
-        let (out, d_out) = (out.to_contiguous(), d_out.to_contiguous());
-        let (out, d_out): (&[f32], &[f32]) = (out.storage(), d_out.storage());
-        let (n, dim, vocab) = (hidden.rows, hidden.columns, head.vocab());
-        let scale = (1.0 / temperature) as f32;
-        let (tokens, entries) = tile(n, vocab, dim, head.widened());
-        let mut logits = vec![0.0; tokens * entries];
-        let mut wide = Vec::new();
-        let (mut d_hidden, mut d_head) = (vec![0.0; n * dim], vec![0.0; vocab * dim]);
-        let level = level();
-        for start in (0..n).step_by(tokens) {
-            let m = tokens.min(n - start);
-            for first in (0..vocab).step_by(entries) {
-                let len = entries.min(vocab - first);
-                let weights = head.rows(first, len, &mut wide);
-                let logits = &mut logits[..m * len];
-                par_gemm(m, len, dim, hidden.from(start), weights.transposed(), logits, len, false);
+        let (head, shape) = (Head::new(head.clone()), head.layout().shape().dims());
+        let mut d_head = vec![0.0; shape[0] * shape[1]];
+        let d_hidden = backward(hidden, &head, &targets, temperature, out, d_out, Some(&mut d_head));
+        (d_hidden, head.gradient(d_head, shape))
+    }
 
-                let per = rows_per_chunk(m * len, 1);
-                par_chunks([(&mut *logits, per)], |chunk, [mut part]| {
-                    let mut at = chunk * per;
-                    while !part.is_empty() {
-                        let (token, column) = (at / len, at % len);
-                        let row;
-                        (row, part) = part.split_at_mut((len - column).min(part.len()));
-                        at += row.len();
-                        let token = start + token;
-                        let of_token = Gradient::new(&out[token * 4..], &d_out[token * 4..], scale);
-                        differentiate(level, of_token, row);
-                        let target = (targets[token] as usize).checked_sub(first + column);
-                        if let Some(d) = target.and_then(|target| row.get_mut(target)) {
-                            *d += of_token.d_log_pi;
-                        }
+    fn log_prob_packed(hidden: FlexTensor, head: Packed, targets: Vec<u32>, temperature: f64) -> FlexTensor {
+        forward(hidden, Head::Packed(head), &targets, temperature)
+    }
+
+    fn log_prob_packed_backward(
+        hidden: FlexTensor,
+        head: Packed,
+        targets: Vec<u32>,
+        temperature: f64,
+        out: FlexTensor,
+        d_out: FlexTensor,
+    ) -> FlexTensor {
+        backward(hidden, &Head::Packed(head), &targets, temperature, out, d_out, None)
+    }
+}
+
+fn forward(hidden: FlexTensor, head: Head, targets: &[u32], temperature: f64) -> FlexTensor {
+    let hidden = Matrix::new(hidden);
+    let (n, vocab) = (hidden.rows, head.vocab());
+    let scale = (1.0 / temperature) as f32;
+    let (tokens, entries) = tile(n, vocab, hidden.columns, head.widened());
+    let mut logits = vec![0.0; tokens * entries];
+    let mut blocks = vec![0.0; tokens * entries.div_ceil(BLOCK) * 3];
+    let mut wide = Vec::new();
+    let mut out = vec![0.0; n * 4];
+    let mut sums = vec![Sums::default(); tokens];
+    let level = level();
+    for start in (0..n).step_by(tokens) {
+        let m = tokens.min(n - start);
+        sums[..m].fill(Sums::default());
+        for first in (0..vocab).step_by(entries) {
+            let len = entries.min(vocab - first);
+            let weights = head.rows(first, len, &mut wide);
+            let logits = &mut logits[..m * len];
+            par_gemm(m, len, hidden.columns, hidden.from(start), weights.transposed(), logits, len, false);
+
+            let count = len.div_ceil(BLOCK);
+            let blocks = &mut blocks[..m * count * 3];
+            let per = rows_per_chunk(m * count, BLOCK);
+            let logits = &*logits;
+            par_chunks([(&mut *blocks, per * 3)], |chunk, [blocks]| {
+                for (i, block) in blocks.chunks_exact_mut(3).enumerate() {
+                    let (token, at) = ((chunk * per + i) / count, (chunk * per + i) % count * BLOCK);
+                    reduce(level, &logits[token * len..][at..len.min(at + BLOCK)], scale, block);
+                }
+            });
+            for (token, (blocks, sums)) in blocks.chunks_exact(count * 3).zip(&mut sums).enumerate() {
+                blocks.chunks_exact(3).for_each(|block| sums.add(block));
+                if let Some(at) = (targets[start + token] as usize).checked_sub(first).filter(|&at| at < len) {
+                    sums.at_target = logits[token * len + at] * scale;
+                }
+            }
+        }
+        for (sums, out) in sums.iter().zip(out[start * 4..].chunks_exact_mut(4)) {
+            out.copy_from_slice(&sums.result());
+        }
+    }
+    tensor(out, [n, 4])
+}
+
+/// The gradient of `hidden`, and into `d_head` that of the head.
+fn backward(
+    hidden: FlexTensor,
+    head: &Head,
+    targets: &[u32],
+    temperature: f64,
+    out: FlexTensor,
+    d_out: FlexTensor,
+    mut d_head: Option<&mut [f32]>,
+) -> FlexTensor {
+    let hidden = Matrix::new(hidden);
+    let (out, d_out) = (out.to_contiguous(), d_out.to_contiguous());
+    let (out, d_out): (&[f32], &[f32]) = (out.storage(), d_out.storage());
+    let (n, dim, vocab) = (hidden.rows, hidden.columns, head.vocab());
+    let scale = (1.0 / temperature) as f32;
+    let (tokens, entries) = tile(n, vocab, dim, head.widened());
+    let mut logits = vec![0.0; tokens * entries];
+    let mut wide = Vec::new();
+    let mut d_hidden = vec![0.0; n * dim];
+    let level = level();
+    for start in (0..n).step_by(tokens) {
+        let m = tokens.min(n - start);
+        for first in (0..vocab).step_by(entries) {
+            let len = entries.min(vocab - first);
+            let weights = head.rows(first, len, &mut wide);
+            let logits = &mut logits[..m * len];
+            par_gemm(m, len, dim, hidden.from(start), weights.transposed(), logits, len, false);
+
+            let per = rows_per_chunk(m * len, 1);
+            par_chunks([(&mut *logits, per)], |chunk, [mut part]| {
+                let mut at = chunk * per;
+                while !part.is_empty() {
+                    let (token, column) = (at / len, at % len);
+                    let row;
+                    (row, part) = part.split_at_mut((len - column).min(part.len()));
+                    at += row.len();
+                    let token = start + token;
+                    let of_token = Gradient::new(&out[token * 4..], &d_out[token * 4..], scale);
+                    differentiate(level, of_token, row);
+                    let target = (targets[token] as usize).checked_sub(first + column);
+                    if let Some(d) = target.and_then(|target| row.get_mut(target)) {
+                        *d += of_token.d_log_pi;
                     }
-                });
-                let d_logits = Mat { data: logits, row_stride: len, col_stride: 1 };
-                let d_rows = &mut d_hidden[start * dim..(start + m) * dim];
-                par_gemm(m, dim, len, d_logits, weights, d_rows, dim, first > 0);
+                }
+            });
+            let d_logits = Mat { data: logits, row_stride: len, col_stride: 1 };
+            let d_rows = &mut d_hidden[start * dim..(start + m) * dim];
+            par_gemm(m, dim, len, d_logits, weights, d_rows, dim, first > 0);
+            if let Some(d_head) = &mut d_head {
                 let d_logits = Mat { data: logits, row_stride: 1, col_stride: len };
                 let d_rows = &mut d_head[first * dim..(first + len) * dim];
                 par_gemm(len, dim, m, d_logits, hidden.from(start), d_rows, dim, start > 0);
             }
         }
-        (tensor(d_hidden, [n, dim]), head.gradient(d_head, [vocab, dim]))
     }
+    tensor(d_hidden, [n, dim])
 }
 
 /// Tokens and vocabulary entries of a tile; entries are a multiple of [`BLOCK`].
@@ -158,6 +197,7 @@ impl Matrix {
 enum Head {
     F32(Matrix),
     Bf16(FlexTensor),
+    Packed(Packed),
 }
 
 impl Head {
@@ -173,11 +213,12 @@ impl Head {
         match self {
             Self::F32(matrix) => matrix.rows,
             Self::Bf16(head) => head.layout().shape()[0],
+            Self::Packed(head) => head.out(),
         }
     }
 
     fn widened(&self) -> bool {
-        matches!(self, Self::Bf16(_))
+        !matches!(self, Self::F32(_))
     }
 
     /// Rows `first..first + len` in f32, in `wide` when they are not stored so.
@@ -197,6 +238,7 @@ impl Head {
                 }
                 Mat { data: wide, row_stride: dim, col_stride: 1 }
             }
+            Self::Packed(head) => unpacked(head, first, len, wide),
         }
     }
 
@@ -208,8 +250,41 @@ impl Head {
                 let d_head: Vec<bf16> = d_head.into_iter().map(bf16::from_f32).collect();
                 FlexTensor::from_data(TensorData::new(d_head, shape))
             }
+            Self::Packed(_) => unreachable!("a packed head is a constant"),
         }
     }
+}
+
+/// Rows `first..first + len` of a packed matrix in f32; `first` begins a panel.
+fn unpacked<'a>(head: &Packed, first: usize, len: usize, wide: &'a mut Vec<f32>) -> Mat<'a> {
+    let (dim, level) = (head.input(), level());
+    wide.resize(len.next_multiple_of(PANEL) * dim, 0.0);
+    par_chunks([(&mut *wide, PANEL * dim)], |chunk, [rows]| {
+        let row = first + chunk * PANEL;
+        // A step of a panel is 32 words, one a row: a number, or a pair of them in bf16.
+        let turn = |to: &mut [f32], steps| {
+            transpose(level, bytemuck::cast_slice(head.panel(0, row / PANEL)), PANEL, steps, PANEL, to, steps);
+        };
+        match head.format() {
+            Format::F32 => turn(rows, dim),
+            Format::Bf16 => {
+                let mut pairs = vec![0.0; PANEL * dim.div_ceil(2)];
+                turn(&mut pairs, dim.div_ceil(2));
+                for (row, pairs) in rows.chunks_exact_mut(dim).zip(pairs.chunks_exact(dim.div_ceil(2))) {
+                    for (to, pair) in row.chunks_mut(2).zip(pairs) {
+                        let halves = [pair.to_bits() << 16, pair.to_bits() & 0xffff_0000];
+                        to.iter_mut().zip(halves).for_each(|(to, half)| *to = f32::from_bits(half));
+                    }
+                }
+            }
+            Format::Int8 { .. } | Format::Int4 { .. } => {
+                for (i, to) in rows.chunks_exact_mut(dim).enumerate().take(head.out() - row) {
+                    head.row(0, row + i, to);
+                }
+            }
+        }
+    });
+    Mat::row_major(wide, dim)
 }
 
 /// Running sums of one token; wide, because a vocabulary has hundreds of blocks.

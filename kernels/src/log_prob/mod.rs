@@ -22,7 +22,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Tensor};
 
+use crate::base::{on_cpu, packed::Packed};
 use crate::cast;
+use crate::linear::Weight;
 
 /// The fast paths; the default bodies are tensor operations on blocks and bound the memory on any device.
 ///
@@ -52,27 +54,62 @@ pub trait LogProbBackend: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         blockwise::log_prob_backward::<Self>(hidden, head, &targets, temperature, out, d_out)
     }
+
+    /// [`LogProbBackend::log_prob`] with a packed head, a constant.
+    fn log_prob_packed(
+        hidden: FloatTensor<Self>,
+        head: Packed,
+        targets: Vec<u32>,
+        temperature: f64,
+    ) -> FloatTensor<Self> {
+        let _ = (hidden, head, targets, temperature);
+        unreachable!("packed weights are the CPU's; the public function never sends them to a device")
+    }
+
+    /// The gradient of `hidden` alone.
+    fn log_prob_packed_backward(
+        hidden: FloatTensor<Self>,
+        head: Packed,
+        targets: Vec<u32>,
+        temperature: f64,
+        out: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let _ = (hidden, head, targets, temperature, out, d_out);
+        unreachable!("packed weights are the CPU's; the public function never sends them to a device")
+    }
 }
 
 /// Log-probability of each target and entropy of each distribution, both `[n]` in f32 and natural logarithms.
 ///
 /// - `hidden [n, hidden]`: after the final norm; taken in f32.
-/// - `head [vocab, hidden]`: f32 or bf16; products are in f32 either way.
+/// - `head [vocab, hidden]`: a tensor in f32 or bf16, or packed in any format; products are in f32 either way.
 /// - `targets`: n token ids below vocab.
 /// - `temperature`: positive, divides the logits.
 ///
-/// Differentiable in `hidden` and `head`. On the CPU a token's bits do not depend on the other tokens of the call.
+/// Differentiable in `hidden` and in a head that is a tensor. On the CPU a token's bits do not depend on the other tokens of
+/// the call, nor on whether a head in f32 or bf16 is packed.
 ///
 /// # Panics
-/// When `targets` has another length than `hidden`, a target is no row of `head`, or `temperature` is not positive.
-pub fn log_prob(hidden: Tensor<2>, head: Tensor<2>, targets: &[u32], temperature: f64) -> (Tensor<1>, Tensor<1>) {
+/// When `targets` has another length than `hidden`, a target is no row of `head`, `temperature` is not positive, or the head
+/// is packed and `hidden` not on the CPU.
+pub fn log_prob(hidden: Tensor<2>, head: &Weight<2>, targets: &[u32], temperature: f64) -> (Tensor<1>, Tensor<1>) {
     let n = targets.len();
-    let vocab = head.dims()[0];
-    assert_eq!(hidden.dims()[0], n, "log_prob needs one target per row of hidden");
+    let [vocab, dim] = head.dims();
+    assert_eq!(hidden.dims(), [n, dim], "log_prob needs one target per row of hidden, and rows as wide as the head's");
     assert!(targets.iter().all(|&t| (t as usize) < vocab), "log_prob: a target is not below {vocab}");
     assert!(temperature > 0.0 && temperature.is_finite(), "log_prob: the temperature must be positive");
-    let hidden = cast(hidden, DType::F32).into_dispatch();
-    let out = <Dispatch as LogProbBackend>::log_prob(hidden, head.into_dispatch(), targets.to_vec(), temperature);
+    let on_cpu = on_cpu(&hidden);
+    let (hidden, targets) = (cast(hidden, DType::F32).into_dispatch(), targets.to_vec());
+    let out = match head {
+        Weight::Tensor(head) => {
+            <Dispatch as LogProbBackend>::log_prob(hidden, head.clone().into_dispatch(), targets, temperature)
+        }
+        Weight::Packed(head) => {
+            assert!(on_cpu, "packed weights are for the CPU");
+            <Dispatch as LogProbBackend>::log_prob_packed(hidden, head.clone(), targets, temperature)
+        }
+    };
     let out = Tensor::<2>::from_dispatch(out);
     // The other two columns are the backward pass's own.
     (out.clone().narrow(1, 0, 1).reshape([n]), out.narrow(1, 1, 1).reshape([n]))

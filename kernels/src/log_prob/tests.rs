@@ -2,10 +2,28 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::{LogProbBackend, blockwise, log_prob, reference};
+use super::{LogProbBackend, blockwise, reference};
+use crate::base::packed::{Format, Packed};
 use crate::base::testing::{
     assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
 };
+
+use crate::linear::Weight;
+
+fn log_prob(
+    hidden: Tensor<2>,
+    head: impl Into<Weight<2>>,
+    targets: &[u32],
+    temperature: f64,
+) -> (Tensor<1>, Tensor<1>) {
+    super::log_prob(hidden, &head.into(), targets, temperature)
+}
+
+fn packed(head: &Tensor<2>, format: Format) -> Packed {
+    let ([vocab, dim], rows) = (head.dims(), values(head.clone().cast(DType::F32)));
+    let row = |_: usize, row: usize, to: &mut [f32]| to.copy_from_slice(&rows[row * dim..][..dim]);
+    Packed::pack(format, 1, vocab, dim, &row).unwrap()
+}
 
 /// Tokens, vocabulary, hidden size.
 const SIZES: [(usize, usize, usize); 8] =
@@ -195,6 +213,58 @@ fn the_gradient_of_a_bf16_head_is_rounded_once() {
     let wide = gradients_of(|h, w| reference::log_prob(h, w, &targets, 0.8), size, DType::BF16);
     assert_close(fast.0, wide.0, 1e-5, "hidden");
     assert_close(fast.1, wide.1, 8e-3, "head");
+}
+
+/// What is packed as it is gives the bits of its tensor, and its gradient.
+#[test]
+fn a_packed_head() {
+    at_every_level(|| {
+        for (n, vocab, dim) in SIZES.into_iter().filter(|size| size.0 > 0) {
+            let targets = targets(n, vocab);
+            for (dtype, format) in [(DType::F32, Format::F32), (DType::BF16, Format::Bf16)] {
+                let device = Device::flex().autodiff();
+                let hidden = random([n, dim], 1, &device).require_grad();
+                let head = random([vocab, dim], 2, &Device::flex()).cast(dtype);
+                let constant = packed(&head, format);
+                let results = [Tensor::from_inner(head).into(), Weight::Packed(constant)].map(|head| {
+                    let (log_p, entropy) = log_prob(hidden.clone(), head, &targets, 0.8);
+                    let sum = log_p.clone() * random([n], 3, &device) + entropy.clone() * random([n], 4, &device);
+                    (bits(stacked((log_p, entropy))), bits(hidden.grad(&sum.sum().backward()).unwrap()))
+                });
+                assert_eq!(results[0], results[1], "{n} × {vocab} × {dim} {format:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn no_tokens_and_a_packed_head() {
+    let device = Device::flex();
+    let head = packed(&random([7, 3], 2, &device), Format::Bf16);
+    assert_eq!(stacked(log_prob(random([0, 3], 1, &device), head, &[], 1.0)).dims(), [0, 2]);
+}
+
+#[test]
+fn a_quantized_head() {
+    let device = Device::flex().autodiff();
+    for (n, vocab, dim) in SIZES.into_iter().filter(|size| size.0 > 0) {
+        for format in [Format::Int8 { block: 32 }, Format::Int4 { block: 64 }] {
+            let targets = targets(n, vocab);
+            let head = packed(&random([vocab, dim], 2, &Device::flex()), format);
+            let mut rows = vec![0.0; vocab * dim];
+            rows.chunks_exact_mut(dim).enumerate().for_each(|(row, to)| head.row(0, row, to));
+            let wide = Tensor::<2>::from_data(TensorData::new(rows, [vocab, dim]), &device);
+            let hidden = random([n, dim], 1, &device).require_grad();
+            let gradient = |(log_p, entropy): (Tensor<1>, Tensor<1>)| {
+                hidden.grad(&(log_p.sum() + entropy.sum()).backward()).unwrap()
+            };
+            let plain = reference::log_prob(hidden.clone(), wide, &targets, 1.3);
+            let got = log_prob(hidden.clone(), head, &targets, 1.3);
+            let what = format!("{n} × {vocab} × {dim} {format:?}");
+            assert_close(stacked(got.clone()), stacked(plain.clone()), 1e-5, &what);
+            assert_close(gradient(got), gradient(plain), 1e-5, &what);
+        }
+    }
 }
 
 #[test]

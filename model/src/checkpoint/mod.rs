@@ -2,8 +2,8 @@
 //!
 //! `names` says which tensors a model has, `directory` what a directory claims to hold, `container` opens one
 //! safetensors file, `rows` reads a matrix where it lies, `slots` are the places for weights in a model; `read` and
-//! `write` go between the two, `quantization` and `quantize` know blocks of small integers, `hugging_face` how Hugging
-//! Face's own conversion names things.
+//! `write` go between the two, `random` draws weights where no file is, `quantization` and `quantize` know blocks of small
+//! integers, `hugging_face` how Hugging Face's own conversion names things.
 
 mod container;
 mod convert;
@@ -13,6 +13,7 @@ mod hugging_face;
 mod names;
 mod quantization;
 mod quantize;
+mod random;
 mod read;
 mod rows;
 mod slots;
@@ -25,6 +26,7 @@ pub use hugging_face::HF_MODEL_TYPE;
 pub use names::{Role, TensorSpec, tensors};
 pub use quantization::{Bits, Blocks, Quantization};
 pub use quantize::{QuantizeOptions, quantize};
+pub use random::random;
 pub use read::{LoadOptions, load};
 pub use rows::Rows;
 pub(crate) use slots::{Slot, slots};

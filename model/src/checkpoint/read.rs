@@ -4,10 +4,11 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use burn::module::Param;
+use burn::module::{Initializer, Param};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
+use burn_store::{ModuleSnapshot, bridge, burn_pack::Error as PackError};
 use indicatif::{ProgressBar, ProgressStyle};
 use m1_kernels::base::on_cpu;
 use m1_kernels::base::packed::{Format, Packed};
@@ -20,6 +21,7 @@ use super::error::CheckpointError;
 use super::quantization::Quantization;
 use super::rows::{Once, Rows};
 use super::slots::{Slot, of_expert, slots};
+use crate::config::ModelConfig;
 use crate::model::M1;
 use crate::weight::{Held, Weight};
 
@@ -49,14 +51,31 @@ pub struct LoadOptions {
 /// that the configuration asks for are there in the right shapes.
 pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, CheckpointError> {
     let directory = Directory::open(path, options.rotary_dim)?;
-    let bf16 = device.supports_dtype(DType::BF16);
-    if options.dtype == Some(WeightDtype::Bf16) && !bf16 {
-        return Err(CheckpointError::NoBf16);
-    }
+    check_bf16(device, options)?;
     check_quantization(&directory, path, options.quantize)?;
+    build(directory.config(), path, directory.check()?, device, options)
+}
+
+/// Refuses bf16 on a device that does not compute in it.
+pub(super) fn check_bf16(device: &Device, options: &LoadOptions) -> Result<(), CheckpointError> {
+    match options.dtype {
+        Some(WeightDtype::Bf16) if !device.supports_dtype(DType::BF16) => Err(CheckpointError::NoBf16),
+        _ => Ok(()),
+    }
+}
+
+/// The model of these tensors, which are all that the configuration asks for.
+pub(super) fn build(
+    config: &ModelConfig,
+    path: &Path,
+    tensors: Vec<Checked>,
+    device: &Device,
+    options: &LoadOptions,
+) -> Result<M1, CheckpointError> {
+    let bf16 = device.supports_dtype(DType::BF16);
     let mut stored = HashMap::new();
     let (mut total, mut narrow) = (0, true);
-    for Checked { spec, rows } in directory.check()? {
+    for Checked { spec, rows } in tensors {
         total += rows.bytes();
         let blocks = options.quantize.and_then(|quantization| quantization.of(spec.role));
         let rows = rows.quantized(blocks);
@@ -67,7 +86,7 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
     let packed = !options.tensors && !device.is_autodiff() && on_cpu(&Tensor::<1>::zeros([1], device));
     // Tensors meet each other and must be of one dtype; packed weights all meet activations in f32.
     let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16: bf16 && (packed || narrow) };
-    let mut model = M1::new(directory.config(), device);
+    let mut model = M1::new(config, device);
     let mut take = |name: &str| {
         let lacks = || CheckpointError::Missing { path: path.into(), tensors: vec![name.into()] };
         stored.remove(name).ok_or_else(lacks)
@@ -94,7 +113,7 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
                 };
             }
             Slot::Experts(weight) => {
-                let count = directory.config().num_local_experts;
+                let count = config.num_local_experts;
                 let all = (0..count).map(|e| take(&of_expert(&name, e))).collect::<Result<Vec<_>, _>>()?;
                 *weight = match packed {
                     true => reader.packed(all, false)?,
@@ -160,7 +179,7 @@ impl Reader<'_> {
         self.tensor([rows], |rows| [rows[0].rows(), rows[0].width()], exact)
     }
 
-    /// A parameter from one matrix after the other.
+    /// A parameter from one matrix after the other, which are read when burn-store puts them in.
     fn tensor<const D: usize>(
         &self,
         all: impl Into<Vec<Rows>>,
@@ -168,41 +187,30 @@ impl Reader<'_> {
         exact: bool,
     ) -> Result<Param<Tensor<D>>, CheckpointError> {
         let all = all.into();
-        let shape = shape(&all);
-        let (data, dtype) = match self.wide(&all, exact) {
-            true => (TensorData::new(self.fill(&all, Rows::read)?, shape), DType::F32),
-            false => (
-                TensorData::from_bytes(Bytes::from_elems(self.fill(&all, read_bf16)?), shape, DType::BF16),
-                DType::BF16,
-            ),
-        };
-        Ok(Param::from_tensor(Tensor::from_data(data, (self.device, dtype))))
-    }
-
-    /// All rows of all matrices, read by all threads.
-    fn fill<T: Copy + Default + Send>(
-        &self,
-        all: &[Rows],
-        read: impl Fn(&Rows, usize, &mut [T]) -> Result<(), &'static str> + Sync,
-    ) -> Result<Vec<T>, CheckpointError> {
-        let width = all[0].width();
-        let mut out = vec![T::default(); all.iter().map(Rows::rows).sum::<usize>() * width];
-        let mut rest = &mut out[..];
-        // Enough numbers for a thread to be worth waking.
-        let piece = (1usize << 16).div_ceil(width);
-        for rows in all {
-            let (these, others) = rest.split_at_mut(rows.rows() * width);
-            rest = others;
-            let once = Once::new(rows, self.bar);
-            these.par_chunks_mut(piece * width).enumerate().for_each(|(chunk, out)| {
-                for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                    let i = chunk * piece + i;
-                    once.row(i, |rows| read(rows, i, out));
-                }
-            });
-            once.finish()?;
+        let (first, shape) = (all[0].clone(), shape(&all));
+        let wide = self.wide(&all, exact);
+        let dtype = if wide { DType::F32 } else { DType::BF16 };
+        let (bar, failed) = (self.bar.clone(), Arc::new(OnceLock::new()));
+        let told = failed.clone();
+        let snapshot = bridge::deferred(String::new(), dtype, shape.into(), None, move || {
+            let data = match wide {
+                true => fill(&all, &bar, Rows::read).map(|numbers| TensorData::new(numbers, shape)),
+                false => fill(&all, &bar, read_bf16)
+                    .map(|bits| TensorData::from_bytes(Bytes::from_elems(bits), shape, DType::BF16)),
+            };
+            data.map_err(|error| {
+                let said = error.to_string();
+                let _ = told.set(error);
+                PackError::ValidationError(said)
+            })
+        });
+        let mut param = Initializer::Zeros.init(shape, self.device); // not made: what is put in takes its place
+        let result = param.apply(vec![snapshot], None, None, true);
+        match (Arc::into_inner(failed).and_then(OnceLock::into_inner), result.errors.first()) {
+            (Some(error), _) => Err(error),
+            (None, Some(error)) => Err(first.flawed(&error.to_string())),
+            (None, None) => Ok(param),
         }
-        Ok(out)
     }
 
     /// The form that the CPU's products read: from several matrices of one shape, a stack.
@@ -228,6 +236,32 @@ impl Reader<'_> {
     }
 }
 
+/// All rows of all matrices, read by all threads.
+fn fill<T: Copy + Default + Send>(
+    all: &[Rows],
+    bar: &ProgressBar,
+    read: impl Fn(&Rows, usize, &mut [T]) -> Result<(), &'static str> + Sync,
+) -> Result<Vec<T>, CheckpointError> {
+    let width = all[0].width();
+    let mut out = vec![T::default(); all.iter().map(Rows::rows).sum::<usize>() * width];
+    let mut rest = &mut out[..];
+    // Enough numbers for a thread to be worth waking.
+    let piece = (1usize << 16).div_ceil(width);
+    for rows in all {
+        let (these, others) = rest.split_at_mut(rows.rows() * width);
+        rest = others;
+        let once = Once::new(rows, bar);
+        these.par_chunks_mut(piece * width).enumerate().for_each(|(chunk, out)| {
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                let i = chunk * piece + i;
+                once.row(i, |rows| read(rows, i, out));
+            }
+        });
+        once.finish()?;
+    }
+    Ok(out)
+}
+
 /// Whether bf16 is enough, as far as `None` for a dtype promises: for what is stored so, and for what is quantized.
 fn is_narrow(rows: &Rows) -> bool {
     rows.blocks().is_some() || rows.number() == Some(Number::Bf16)
@@ -235,8 +269,8 @@ fn is_narrow(rows: &Rows) -> bool {
 
 /// A row as the bits of bf16; those that are stored so are not touched.
 fn read_bf16(rows: &Rows, row: usize, out: &mut [u16]) -> Result<(), &'static str> {
-    if (rows.number(), rows.blocks()) == (Some(Number::Bf16), None) {
-        bits(rows.raw(row..row + 1), out);
+    if let Some(raw) = rows.raw_bf16(row) {
+        bits(raw, out);
         return Ok(());
     }
     let mut wide = vec![0f32; out.len()];

@@ -1,4 +1,4 @@
-//! A matrix in a checkpoint's file: its rows, whatever they are stored as, read where they lie.
+//! A matrix of a checkpoint: its rows, whatever they are stored as, read where they lie.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,6 +12,7 @@ use super::container::Container;
 use super::convert::{Number, widen};
 use super::error::CheckpointError;
 use super::quantization::{Bits, Blocks};
+use super::random::Draw;
 
 /// Where numbers lie in a mapped file.
 #[derive(Debug, Clone)]
@@ -35,13 +36,21 @@ pub(crate) enum Stored {
     Blocks(Blocks, Place),
 }
 
-/// A matrix `[rows, width]` in a mapped file (a vector is one row). Rows are read, and widened to f32 exactly, when they
-/// are asked for; nothing else is held.
+/// Where rows come from.
+#[derive(Debug, Clone)]
+enum Source {
+    Mapped(Place),
+    /// No file: numbers in bf16, drawn when they are read.
+    Drawn(Draw),
+}
+
+/// A matrix `[rows, width]` in a mapped file (a vector is one row), or one that is drawn. Rows are read, and widened to f32
+/// exactly, when they are asked for; nothing else is held.
 #[derive(Debug, Clone)]
 pub struct Rows {
     /// Its name in the file.
     name: String,
-    place: Place,
+    source: Source,
     stored: Stored,
     rows: usize,
     width: usize,
@@ -51,7 +60,13 @@ pub struct Rows {
 
 impl Rows {
     pub(crate) fn new(name: String, place: Place, stored: Stored, rows: usize, width: usize) -> Self {
-        Self { name, place, stored, rows, width, quantize: None }
+        Self { name, source: Source::Mapped(place), stored, rows, width, quantize: None }
+    }
+
+    /// Rows of no file.
+    pub(super) fn drawn(name: String, draw: Draw, rows: usize, width: usize) -> Self {
+        let stored = Stored::Numbers(Number::Bf16);
+        Self { name, source: Source::Drawn(draw), stored, rows, width, quantize: None }
     }
 
     /// The same rows as if they were stored in these blocks. Those that are already must be in the same.
@@ -77,7 +92,7 @@ impl Rows {
         self.width
     }
 
-    /// Bytes in the file, scales included.
+    /// Bytes in the file, scales included; those that random numbers would take there.
     pub fn bytes(&self) -> u64 {
         let scales = match &self.stored {
             Stored::Numbers(_) => 0,
@@ -102,14 +117,13 @@ impl Rows {
         }
     }
 
-    pub(crate) fn container(&self) -> &Container {
-        &self.place.container
-    }
-
-    /// Where some rows lie in the container's data, without scales.
-    fn bytes_of(&self, rows: Range<usize>) -> Range<usize> {
+    /// The file of some rows, and where they lie in its data, without scales.
+    fn mapped(&self, rows: Range<usize>) -> Option<(&Container, Range<usize>)> {
+        let Source::Mapped(place) = &self.source else {
+            return None;
+        };
         let each = self.row_bytes();
-        self.place.start + rows.start * each..self.place.start + rows.end * each
+        Some((&place.container, place.start + rows.start * each..place.start + rows.end * each))
     }
 
     fn row_bytes(&self) -> usize {
@@ -120,8 +134,27 @@ impl Rows {
     }
 
     /// The bytes of some rows as they are stored, without scales.
+    ///
+    /// # Panics
+    /// If they are drawn.
     pub(crate) fn raw(&self, rows: Range<usize>) -> &[u8] {
-        self.place.bytes(rows.start * self.row_bytes(), rows.len() * self.row_bytes())
+        let (container, bytes) = self.mapped(rows).expect("rows of a file");
+        container.bytes(bytes)
+    }
+
+    /// The bytes of a row that lies in a file in bf16 and is wanted as it is.
+    pub(crate) fn raw_bf16(&self, row: usize) -> Option<&[u8]> {
+        let bf16 =
+            matches!((&self.source, self.number(), self.blocks()), (Source::Mapped(_), Some(Number::Bf16), None));
+        bf16.then(|| self.raw(row..row + 1))
+    }
+
+    /// Row `row` of numbers, as f32.
+    fn numbers(&self, row: usize, number: Number, out: &mut [f32]) {
+        match &self.source {
+            Source::Mapped(_) => widen(self.raw(row..row + 1), number, out),
+            Source::Drawn(draw) => draw.row(row, out),
+        }
     }
 
     /// Row `row` as f32.
@@ -135,7 +168,7 @@ impl Rows {
         assert!(row < self.rows && out.len() == self.width, "row {row} of {} in {} numbers", self.name, out.len());
         match (&self.stored, self.blocks()) {
             (Stored::Numbers(number), None) => {
-                widen(self.raw(row..row + 1), *number, out);
+                self.numbers(row, *number, out);
                 Ok(())
             }
             (_, Some(blocks)) => {
@@ -161,7 +194,11 @@ impl Rows {
 
     /// The error for what is wrong with a row.
     pub(crate) fn flawed(&self, what: &str) -> CheckpointError {
-        let (path, tensor) = (self.container().path().into(), self.name.clone());
+        let path = match &self.source {
+            Source::Mapped(place) => place.container.path().into(),
+            Source::Drawn(_) => "random weights".into(),
+        };
+        let tensor = self.name.clone();
         CheckpointError::Transfer { path, tensor, problem: what.into() }
     }
 
@@ -173,7 +210,7 @@ impl Rows {
         match &self.stored {
             Stored::Numbers(number) => {
                 let mut numbers = vec![0f32; self.width];
-                widen(self.raw(row..row + 1), *number, &mut numbers);
+                self.numbers(row, *number, &mut numbers);
                 let blocks =
                     self.quantize.expect("rows of numbers are asked for blocks only when they are to have some");
                 quantize_row(blocks.format(), &numbers, values, scales).map_err(|error| match error {
@@ -241,9 +278,11 @@ impl<'a> Once<'a> {
         let range = self.range(piece);
         if self.left[piece].load(Ordering::Relaxed) == range.len() {
             // Once, or twice if two threads begin: it is advice.
-            self.rows.container().fetch(self.rows.bytes_of(range.clone()));
-            if piece + 1 < self.left.len() {
-                self.rows.container().fetch(self.rows.bytes_of(self.range(piece + 1)));
+            let next = (piece + 1 < self.left.len()).then(|| self.range(piece + 1));
+            for range in std::iter::once(range.clone()).chain(next) {
+                if let Some((container, bytes)) = self.rows.mapped(range) {
+                    container.fetch(bytes);
+                }
             }
         }
         if let Err(flaw) = read(self.rows) {
@@ -251,7 +290,9 @@ impl<'a> Once<'a> {
         }
         if self.left[piece].fetch_sub(1, Ordering::AcqRel) == 1 {
             self.bar.inc(self.rows.bytes() * range.len() as u64 / self.rows.rows as u64);
-            self.rows.container().release(self.rows.bytes_of(range));
+            if let Some((container, bytes)) = self.rows.mapped(range) {
+                container.release(bytes);
+            }
         }
     }
 

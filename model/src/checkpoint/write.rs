@@ -7,7 +7,10 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
+use burn_store::bridge;
+use burn_store::burn_pack::Tensor as Snapshot;
 use m1_kernels::base::packed::Packed;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -72,10 +75,8 @@ pub fn save(path: &Path, model: &M1, options: &SaveOptions) -> Result<(), Checkp
 
 /// Where a tensor's numbers are now.
 enum Values {
-    Vector(Tensor<1>),
-    Matrix(Tensor<2>),
-    /// One of a stack.
-    Slice(Tensor<3>, usize),
+    /// In a parameter; read back from its device when it is written.
+    Tensor(Snapshot),
     /// One of those packed together.
     Packed(Packed, usize),
     File(Arc<Rows>),
@@ -87,10 +88,10 @@ fn values(model: &M1) -> HashMap<String, Values> {
     let mut all = HashMap::new();
     for (name, slot) in slots(&mut model) {
         match slot {
-            Slot::Norm(param) => _ = all.insert(name, Values::Vector(param.val())),
-            Slot::Matrix(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
+            Slot::Norm(param) => _ = all.insert(name, of(param)),
+            Slot::Matrix(Held::Tensor(param)) => _ = all.insert(name, of(param)),
             Slot::Matrix(Held::Constant(packed)) => _ = all.insert(name, Values::Packed(packed.clone(), 0)),
-            Slot::Table(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
+            Slot::Table(Held::Tensor(param)) => _ = all.insert(name, of(param)),
             Slot::Table(Held::Constant(rows)) => _ = all.insert(name, Values::File(rows.clone())),
             Slot::Experts(weight) => all.extend(experts(&name, weight)),
         }
@@ -98,11 +99,23 @@ fn values(model: &M1) -> HashMap<String, Values> {
     all
 }
 
+/// The whole of a parameter; files have the name that it goes by.
+fn of<const D: usize>(param: &Param<Tensor<D>>) -> Values {
+    Values::Tensor(bridge::from_tensor(&param.val(), String::new(), None))
+}
+
+/// One matrix of a stack, cut out when it is read back.
+fn of_stack(stack: Tensor<3>, expert: usize) -> Values {
+    let (dtype, [_, out, input]) = (stack.dtype(), stack.dims());
+    let cut = move || Ok(stack.clone().narrow(0, expert, 1).reshape([out, input]).into_data());
+    Values::Tensor(bridge::deferred(String::new(), dtype, [out, input].into(), None, cut))
+}
+
 fn experts(name: &str, weight: &Weight<3>) -> Vec<(String, Values)> {
     let one: Box<dyn Fn(usize) -> Values> = match weight {
         Held::Tensor(param) => {
             let stack = param.val();
-            Box::new(move |expert| Values::Slice(stack.clone(), expert))
+            Box::new(move |expert| of_stack(stack.clone(), expert))
         }
         Held::Constant(packed) => Box::new(|expert| Values::Packed(packed.clone(), expert)),
     };
@@ -112,9 +125,7 @@ fn experts(name: &str, weight: &Weight<3>) -> Vec<(String, Values)> {
 impl Values {
     fn write(self, spec: &TensorSpec, dtype: WeightDtype, file: &mut Output) -> Result<(), CheckpointError> {
         let shape = match &self {
-            Self::Vector(tensor) => tensor.dims().to_vec(),
-            Self::Matrix(tensor) => tensor.dims().to_vec(),
-            Self::Slice(stack, _) => stack.dims()[1..].to_vec(),
+            Self::Tensor(tensor) => tensor.shape.to_vec(),
             Self::Packed(packed, _) => vec![packed.out(), packed.input()],
             Self::File(rows) => vec![rows.rows(), rows.width()],
         };
@@ -122,9 +133,10 @@ impl Values {
             return Err(file.wrong(&spec.name, format!("has shape {shape:?}: config.json asks for {:?}", spec.shape)));
         }
         match self {
-            Self::Vector(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
-            Self::Matrix(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
-            Self::Slice(stack, expert) => write_data(stack.narrow(0, expert, 1).into_data(), &spec.name, dtype, file),
+            Self::Tensor(tensor) => {
+                let unread = |error| file.wrong(&spec.name, format!("cannot read it back: {error}"));
+                write_data(bridge::into_data(tensor).map_err(unread)?, &spec.name, dtype, file)
+            }
             Self::Packed(packed, matrix) => write_rows(spec, dtype, file, |row, out| {
                 packed.row(matrix, row, out);
                 Ok(())
