@@ -62,21 +62,21 @@ def ours(tests):
 
 words = [word for word in a.only.split(",") if word]
 wanted = lambda name: not words or any(word in name for word in words)
-def limits():
+def limits(tests):
     """What the machine can do now: on a shared host that changes from minute to minute."""
     lines = run([os.path.join(a.models, "machine")], {})
+    if not tests.startswith("tg"):
+        lines += run(script("matrix.py"), {})
     return {"limits": {line["test"]: line["best"] for line in lines}}
 
 
-if wanted("machine"):
-    run(script("matrix.py"), {})
 for size in a.sizes:
     for tests, repetitions in CASES[size]:
         for name, ((stored, flags), gguf, hf) in FORMATS.items():
             if not wanted(f"{size} {name} {tests}"):
                 continue
             r = str(repetitions or a.repetitions)
-            case = {"model": size, "format": name} | limits()
+            case = {"model": size, "format": name} | limits(tests)
             if "m1" in a.engines:
                 run([os.path.join(a.m1, "m1"), "bench", "--model", model(f"{size}-{stored}"), "--device", "cpu", "-r", r, "-o", "jsonl"] + flags + ours(tests),
                     case | {"engine": "m1"})
@@ -85,7 +85,7 @@ for size in a.sizes:
             if "hf" in a.engines and hf:
                 run(script("hf.py") + ["bench", model(f"{size}-f32"), hf, tests, "--repetitions", r], case)
     if size != "base" and wanted(f"{size} train"):
-        case = {"model": size, "format": "f32"} | limits()
+        case = {"model": size, "format": "f32"} | limits("train")
         if "m1" in a.engines:
             run([os.path.join(a.m1, "m1-train"), "bench", "--model", model(f"{size}-f32"), "--batch", "4", "--tokens", "512", "-r", a.repetitions, "--json"],
                 case | {"engine": "m1", "test": "train 4x512"})

@@ -3,7 +3,7 @@
     python table.py results.jsonl
 
 The last line of a case stands. The bound of a decode is the rate of reading memory over the bytes of weights that a token reads; of
-prefill and training, the rate of multiply-adds in that dtype against SPEC §5's count of FLOPs. Both rates are those
+prefill and training, the rate of PyTorch's product of 2048 x 2048 matrices in that dtype against SPEC §5's count of FLOPs. Both rates are those
 measured right before the case (a shared host is not the same machine from minute to minute).
 """
 import json, statistics, sys
@@ -44,7 +44,7 @@ for key in sorted(cells, key=order):
             bound = by["m1"]["limits"].get("read", 0) * 1e9 / bytes_
         elif flops := by["m1"].get("gflop_per_s"):
             # int8 and int4 weights have no rate of their own here.
-            bound = by["m1"]["limits"].get(f"{format} multiply-adds", 0) / (flops / m1)
+            bound = by["m1"]["limits"].get(f"{format} matrix, PyTorch", 0) / (flops / m1)
     show = lambda x, d=0: "" if not x else f"{x:,.{d}f}"
     digits = 1 if max([m1 or 0] + peers) < 100 else 0
     noise = " *" if any(x.get("others", 0) > 0.05 for x in by.values()) else ""

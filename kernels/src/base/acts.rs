@@ -235,3 +235,108 @@ fn bf16_bits(x: f32) -> u32 {
     // Rounding could carry a NaN into another class; a quiet NaN stays one.
     if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::packed::{Packed, multiply, par_multiply};
+    use crate::base::simd::{levels, with_level};
+
+    const FORMATS: [Format; 6] = [
+        Format::F32,
+        Format::Bf16,
+        Format::Int8 { block: 32 },
+        Format::Int8 { block: 64 },
+        Format::Int4 { block: 32 },
+        Format::Int4 { block: 64 },
+    ];
+
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    fn weight(format: Format, out: usize, k: usize) -> Packed {
+        let w = numbers(out * k, 2);
+        Packed::pack(format, 1, out, k, &|_, r, to| to.copy_from_slice(&w[r * k..][..k])).unwrap()
+    }
+
+    /// The bits of `acts · wᵀ`.
+    fn product(acts: &Acts, w: &Packed) -> Vec<u32> {
+        let mut c = vec![f32::NAN; acts.rows() * w.out()];
+        par_multiply(acts, w, 0, &mut c);
+        c.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn rows_in_any_order_and_number_have_the_bits_of_the_row_alone() {
+        for (rows, out, k) in [(1, 31, 1), (5, 33, 64), (17, 64, 97), (33, 70, 130), (49, 32, 259)] {
+            let x = numbers(rows * k, 1);
+            for format in FORMATS {
+                let w = weight(format, out, k);
+                for level in levels() {
+                    with_level(level, || {
+                        let acts = Acts::new(format, false, rows, k, &x);
+                        let all = product(&acts, &w);
+                        let what = format!("{rows} × {out} × {k}, {format:?}, {level:?}");
+                        for r in 0..rows {
+                            let alone = product(&Acts::new(format, false, 1, k, &x[r * k..][..k]), &w);
+                            assert_eq!(alone, all[r * out..][..out], "row {r} alone: {what}");
+                        }
+                        // Backwards, and the first one twice.
+                        let order: Vec<u32> = (0..rows as u32).rev().chain([0]).collect();
+                        let mut c = vec![f32::NAN; order.len() * out];
+                        multiply(level, &acts, &order, &w, 0, 0..w.panels(), &mut c, out);
+                        let selected = product(&acts.select(&order), &w);
+                        for (i, &r) in order.iter().enumerate() {
+                            let want = &all[r as usize * out..][..out];
+                            assert!(c[i * out..][..out].iter().map(|c| c.to_bits()).eq(want.iter().copied()), "{what}");
+                            assert_eq!(selected[i * out..][..out], *want, "selected: {what}");
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn filled_in_parts_is_as_at_once() {
+        for (rows, k) in [(1, 1), (3, 64), (7, 100), (20, 321)] {
+            let x = numbers(rows * k, 3);
+            for format in FORMATS {
+                let w = weight(format, 33, k);
+                for level in levels() {
+                    with_level(level, || {
+                        let filling = Filling::new(format, rows, k);
+                        for r in 0..rows {
+                            for (i, part) in x[r * k..][..k].chunks(2 * Filling::STEP).enumerate() {
+                                // SAFETY: this thread alone fills, part by part.
+                                unsafe { filling.put(level, r, 2 * Filling::STEP * i, part) };
+                            }
+                        }
+                        let want = product(&Acts::new(format, false, rows, k, &x), &w);
+                        assert_eq!(product(&filling.done(), &w), want, "{rows} × {k}, {format:?}, {level:?}");
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_nan_stays_in_its_row() {
+        let (rows, out, k) = (40, 65, 96);
+        for format in FORMATS {
+            let w = weight(format, out, k);
+            for level in levels() {
+                with_level(level, || {
+                    let mut x = numbers(rows * k, 4);
+                    x[18 * k + 5] = f32::NAN;
+                    let mut c = vec![0.0; rows * out];
+                    par_multiply(&Acts::new(format, false, rows, k, &x), &w, 0, &mut c);
+                    for (r, row) in c.chunks(out).enumerate() {
+                        assert!(row.iter().all(|c| c.is_nan() == (r == 18)), "row {r}, {format:?}, {level:?}");
+                    }
+                });
+            }
+        }
+    }
+}
