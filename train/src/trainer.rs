@@ -236,21 +236,19 @@ fn micro_batch(model: &M1, examples: &[&Example], targets: usize, share: f64) ->
 
 /// The sum of `-ln p(token | before)` over the examples' tokens to be learned, `[1]`.
 ///
-/// The last token of a row predicts nothing here, so it is not read at all; logits are made only where a token to be
-/// learned follows.
+/// The last token of a row predicts nothing here, so it is not read at all; probabilities are made only where a token to be
+/// learned follows, and no matrix of logits is.
 pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
     let (mut rows, mut offsets, mut next) = (Vec::new(), Vec::new(), Vec::new());
     for example in examples {
         let learned: Vec<usize> = (1..example.ids.len()).filter(|&t| example.loss[t]).collect();
-        next.extend(learned.iter().map(|&t| example.ids[t] as i32));
+        next.extend(learned.iter().map(|&t| example.ids[t]));
         offsets.push(learned.iter().map(|t| t - 1).collect());
         rows.push(example.ids[..example.ids.len().saturating_sub(1)].to_vec());
     }
     let hidden = model.forward(&Batch::new(rows).at(offsets), None, trace);
-    let logits = model.logits(hidden);
-    let count = next.len();
-    let next = Tensor::<2, Int>::from_data(TensorData::new(next, [count, 1]), &logits.device());
-    log_softmax(logits, 1).gather(1, next).sum().neg()
+    let (log_probs, _) = log_prob(hidden, &model.lm_head.weight.value(), &next, 1.0);
+    log_probs.sum().neg()
 }
 
 /// How many tokens of an example are to be learned (the first token is never predicted).

@@ -218,9 +218,12 @@ fn backward(
 ) -> (FloatTensor<Flex>, FloatTensor<Flex>, FloatTensor<Flex>, FloatTensor<Flex>, FloatTensor<Flex>) {
     let sizes = Sizes::new(&x, &shares, w1.layout().shape()[0], w1.layout().shape()[1]);
     let Sizes { tokens, hidden, ffn, k, count } = sizes;
-    let mut d_w1 = vec![0.0; count * ffn * hidden];
-    let mut d_w2 = vec![0.0; count * ffn * hidden];
-    let mut d_w3 = vec![0.0; count * ffn * hidden];
+    let mut d_w: [Vec<f32>; 3] = std::array::from_fn(|_| arbitrary(count * ffn * hidden));
+    let chosen = |e: usize| !sizes.empty() && choices.contains(&(e as u32));
+    for e in (0..count).filter(|&e| !chosen(e)) {
+        d_w.iter_mut().for_each(|d_w| d_w[e * ffn * hidden..][..ffn * hidden].fill(0.0));
+    }
+    let [mut d_w1, mut d_w2, mut d_w3] = d_w;
     let mut d_shares = vec![0.0; tokens * k];
     let mut d_x = Vec::new();
     if !sizes.empty() {
