@@ -4,7 +4,7 @@ use crate::engine::Engine;
 use crate::generation_config::{self, GenerationConfig, GenerationConfigError};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::tokenizer::{Tokenizer, TokenizerError};
-use m1_model::checkpoint::{self, CheckpointError, Directory, Quantization, WeightDtype};
+use m1_model::checkpoint::{self, CheckpointError, Quantization, WeightDtype};
 use m1_model::device::OpenDevice;
 use std::path::Path;
 
@@ -110,10 +110,6 @@ impl Assets {
 /// The model alone.
 pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
     let LoadSettings { dtype, quantize, rotary_dim, .. } = *settings;
-    let quantized = || Ok::<_, CheckpointError>(Directory::open(dir, rotary_dim)?.quantization().is_some());
-    if !device.is_cpu && (quantize.is_some() || quantized()?) {
-        note!("note: quantized weights are dequantized while loading: only the CPU multiplies them as they are");
-    }
     let options = checkpoint::LoadOptions { dtype, quantize, rotary_dim, progress: true, tensors: false };
     checkpoint::load(dir, &device.device, &options)
 }

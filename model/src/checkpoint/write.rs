@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use m1_kernels::base::packed::Packed;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -23,7 +22,7 @@ use super::rows::Rows;
 use super::slots::{Slot, of_expert, slots};
 use crate::config::ModelConfig;
 use crate::model::M1;
-use crate::weight::{Held, Weight};
+use crate::weight::{Constant, Held, Weight};
 
 /// How to save.
 #[derive(Debug, Clone)]
@@ -71,13 +70,14 @@ pub fn save(path: &Path, model: &M1, options: &SaveOptions) -> Result<(), Checkp
 }
 
 /// Where a tensor's numbers are now.
+#[allow(clippy::large_enum_variant)] // one a tensor
 enum Values {
     Vector(Tensor<1>),
     Matrix(Tensor<2>),
     /// One of a stack.
     Slice(Tensor<3>, usize),
-    /// One of those packed together.
-    Packed(Packed, usize),
+    /// One of those held together.
+    Constant(Constant, usize),
     File(Arc<Rows>),
 }
 
@@ -89,9 +89,9 @@ fn values(model: &M1) -> HashMap<String, Values> {
         match slot {
             Slot::Norm(param) => _ = all.insert(name, Values::Vector(param.val())),
             Slot::Matrix(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
-            Slot::Matrix(Held::Constant(packed)) => _ = all.insert(name, Values::Packed(packed.clone(), 0)),
+            Slot::Matrix(Held::Constant(constant)) => _ = all.insert(name, Values::Constant(constant.clone(), 0)),
             Slot::Table(Held::Tensor(param)) => _ = all.insert(name, Values::Matrix(param.val())),
-            Slot::Table(Held::Constant(rows)) => _ = all.insert(name, Values::File(rows.clone())),
+            Slot::Table(Held::Constant(table)) => _ = all.insert(name, Values::File(table.rows.clone())),
             Slot::Experts(weight) => all.extend(experts(&name, weight)),
         }
     }
@@ -104,7 +104,7 @@ fn experts(name: &str, weight: &Weight<3>) -> Vec<(String, Values)> {
             let stack = param.val();
             Box::new(move |expert| Values::Slice(stack.clone(), expert))
         }
-        Held::Constant(packed) => Box::new(|expert| Values::Packed(packed.clone(), expert)),
+        Held::Constant(constant) => Box::new(|expert| Values::Constant(constant.clone(), expert)),
     };
     (0..weight.value().dims()[0]).map(|expert| (of_expert(name, expert), one(expert))).collect()
 }
@@ -115,7 +115,7 @@ impl Values {
             Self::Vector(tensor) => tensor.dims().to_vec(),
             Self::Matrix(tensor) => tensor.dims().to_vec(),
             Self::Slice(stack, _) => stack.dims()[1..].to_vec(),
-            Self::Packed(packed, _) => vec![packed.out(), packed.input()],
+            Self::Constant(constant, _) => constant.shape().to_vec(),
             Self::File(rows) => vec![rows.rows(), rows.width()],
         };
         if shape != spec.shape {
@@ -125,10 +125,13 @@ impl Values {
             Self::Vector(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
             Self::Matrix(tensor) => write_data(tensor.into_data(), &spec.name, dtype, file),
             Self::Slice(stack, expert) => write_data(stack.narrow(0, expert, 1).into_data(), &spec.name, dtype, file),
-            Self::Packed(packed, matrix) => write_rows(spec, dtype, file, |row, out| {
-                packed.row(matrix, row, out);
-                Ok(())
-            }),
+            Self::Constant(constant, matrix) => {
+                let (packed, matrix) = constant.on_cpu(matrix);
+                write_rows(spec, dtype, file, |row, out| {
+                    packed.row(matrix, row, out);
+                    Ok(())
+                })
+            }
             Self::File(rows) => write_rows(spec, dtype, file, |row, out| rows.read(row, out)),
         }
     }

@@ -8,6 +8,7 @@ use cubecl::{
 };
 
 use super::{buffer, element, empty, gemv, mma, reduce, tile, vector};
+use crate::base::packed::Format;
 
 /// How a weight matrix lies in memory, `[.., out, in]` in rows.
 ///
@@ -22,7 +23,7 @@ pub enum Storage {
         /// Values that share a scale.
         block: usize,
     },
-    /// Eight values of -7..=7 a word, plus 8.
+    /// Eight values of -8..=7 a word, plus 8.
     Int4 {
         /// Values that share a scale.
         block: usize,
@@ -30,6 +31,15 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// That of a weight's format.
+    pub fn of(format: Format) -> Self {
+        match format {
+            Format::F32 | Format::Bf16 => Storage::Float,
+            Format::Int8 { block } => Storage::Int8 { block },
+            Format::Int4 { block } => Storage::Int4 { block },
+        }
+    }
+
     /// Values in one stored element.
     pub fn per_word(self) -> usize {
         match self {
