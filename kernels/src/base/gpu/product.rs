@@ -316,14 +316,11 @@ impl Product<'_> {
 
     fn launch_few(&self, out: &CubeTensor, max_rows: usize) {
         let storage = self.w.storage;
-        let (x_vector, w_vector, words) = match storage {
-            Storage::Float => {
-                let size = vector(self.k, if self.w.values.dtype == DType::F32 { 4 } else { 8 });
-                (size, size, 1)
-            }
-            _ => (storage.per_word(), 4, 4),
-        };
-        let spec = gemv::Gemv { storage, rows: self.rows, store: self.store, max_rows, words };
+        let halves = [self.x.dtype != DType::F32, self.w.values.dtype != DType::F32];
+        let (spec, mut x_vector, mut w_vector) = gemv::Gemv::new(storage, self.rows, self.store, max_rows, halves);
+        if storage == Storage::Float {
+            (x_vector, w_vector) = (vector(self.k, x_vector), vector(self.k, w_vector));
+        }
         let tiles = self.plan.map_or(1, |p| p.tiles);
         // SAFETY: the kernel reads and writes only rows below m, columns below n and K below k, which the tensors have.
         unsafe {
