@@ -211,6 +211,45 @@ fn written_and_while_loading_are_the_same_to_the_bit() {
 }
 
 #[test]
+fn on_a_device_they_are_held_as_they_are_stored() {
+    let Some(device) = m1_tests::wgpu() else { return };
+    let folder = written(WeightDtype::F32);
+    let batch = Batch::new(vec![(0..19).map(|i| i * 7 % 40).collect()]);
+    for (bits, block, all) in [(Bits::Int8, 32, true), (Bits::Int4, 64, false)] {
+        let out = quantized(folder.path(), &options(bits, block, all));
+        let tensors = LoadOptions { dtype: Some(WeightDtype::F32), tensors: true, ..Default::default() };
+        let exact = logits(&read(out.path(), &tensors).unwrap());
+        let quantize = Some(Quantization::new(bits, block, all).unwrap());
+        for (from, quantize) in [(out.path(), None), (folder.path(), quantize)] {
+            let model = load(from, &device, &LoadOptions { quantize, ..Default::default() }).unwrap();
+            let moe = &model.model.layers[0].block_sparse_moe;
+            assert!(matches!(moe.w2.value(), m1_kernels::linear::Weight::Quantized(_)));
+            assert_eq!(model.form(), if all { bits.to_string() } else { format!("f32, experts {bits}") });
+            // Integers and scales; these are f32 where the device has no f16.
+            let weights = (3 * 64 * 192) as u64;
+            let scale = if device.supports_dtype(burn::tensor::DType::F16) { 2 } else { 4 };
+            assert_eq!(moe.w2.bytes(), weights * bits.count() as u64 / 8 + weights / block as u64 * scale);
+            let got = model.logits(model.forward(&batch, None, &mut Trace::none()));
+            let wide = |x: Vec<f32>| x.into_iter().map(f64::from).collect::<Vec<_>>();
+            let error = m1_tests::relative_l2(&m1_tests::values(&got), &wide(exact.clone()));
+            assert!(
+                error < 1e-5,
+                "{bits}: the logits are {error} from those of the same numbers as tensors on the CPU"
+            );
+            // Saved from the device: the same numbers.
+            let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let as_f32 = SaveOptions { dtype: WeightDtype::F32, max_shard_bytes: u64::MAX };
+            save(first.path(), &model, &as_f32).unwrap();
+            save(second.path(), &read(out.path(), &LoadOptions::default()).unwrap(), &as_f32).unwrap();
+            assert!(raw_all(first.path()) == raw_all(second.path()));
+        }
+        // For training they are tensors.
+        let model = load(out.path(), &device, &tensors).unwrap();
+        assert!(model.model.layers[0].block_sparse_moe.w1.param().is_some());
+    }
+}
+
+#[test]
 fn a_model_tells_its_bytes_and_form() {
     let folder = written(WeightDtype::Bf16);
     let stored = Directory::open(folder.path(), None).unwrap().verify().unwrap();

@@ -5,7 +5,7 @@ use crate::generation_config::{self, GenerationConfig, GenerationConfigError};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use m1_model::ModelConfig;
-use m1_model::checkpoint::{self, CheckpointError, Directory, Quantization, WeightDtype};
+use m1_model::checkpoint::{self, CheckpointError, Quantization, WeightDtype};
 use m1_model::device::OpenDevice;
 use std::path::Path;
 
@@ -110,9 +110,6 @@ impl Assets {
 
 /// The model alone.
 pub fn load_model(dir: &Path, device: &OpenDevice, settings: &LoadSettings) -> Result<m1_model::M1, CheckpointError> {
-    let LoadSettings { quantize, rotary_dim, .. } = *settings;
-    let quantized = || Ok::<_, CheckpointError>(Directory::open(dir, rotary_dim)?.quantization().is_some());
-    note_quantized(device, quantize.is_some() || !device.is_cpu && quantized()?);
     checkpoint::load(dir, &device.device, &options(settings))
 }
 
@@ -122,14 +119,7 @@ pub fn random_model(
     device: &OpenDevice,
     settings: &LoadSettings,
 ) -> Result<m1_model::M1, CheckpointError> {
-    note_quantized(device, settings.quantize.is_some());
     checkpoint::random(config, 1, &device.device, &options(settings))
-}
-
-fn note_quantized(device: &OpenDevice, quantized: bool) {
-    if quantized && !device.is_cpu {
-        note!("note: quantized weights are dequantized while loading: only the CPU multiplies them as they are");
-    }
 }
 
 fn options(settings: &LoadSettings) -> checkpoint::LoadOptions {

@@ -4,7 +4,9 @@
 #![cfg(feature = "wgpu")]
 
 use burn::tensor::{Device, DeviceKind, Distribution, Tensor, TensorData};
+use m1_kernels::base::packed::{Format, Packed, quantize_row};
 use m1_kernels::experts::{self, ExpertsWeights, Routing};
+use m1_kernels::linear::Quantized;
 use m1_kernels::{linear, log_prob, rms_norm, rotary, silu};
 
 fn wgpu() -> Option<Device> {
@@ -336,35 +338,80 @@ fn linear_equals_the_reference() {
     }
 }
 
+const FORMATS: [Format; 4] =
+    [Format::Int8 { block: 32 }, Format::Int8 { block: 64 }, Format::Int4 { block: 32 }, Format::Int4 { block: 64 }];
+
+/// Random matrices `[count, out, in]`, quantized, on the device; and the numbers that they stand for, on Flex.
+fn quantized(format: Format, dims: [usize; 3], device: &Device) -> (Quantized, Tensor<3>) {
+    let [count, out, input] = dims;
+    let weights = values(&random(dims));
+    let row = |matrix: usize, row: usize, values: &mut [i8], scales: &mut [half::f16]| {
+        quantize_row(format, &weights[(matrix * out + row) * input..][..input], values, scales).unwrap();
+    };
+    let stored = Quantized::new(format, dims, device, &row).unwrap();
+    let packed = Packed::pack_quantized(format, count, out, input, &row).unwrap();
+    let mut dense = vec![0f32; weights.len()];
+    for (i, to) in dense.chunks_exact_mut(input).enumerate() {
+        packed.row(i / out, i % out, to);
+    }
+    (stored, Tensor::from_data(TensorData::new(dense, dims), &Device::flex()))
+}
+
 #[test]
 fn quantized_weights_are_multiplied_as_they_are_stored() {
-    use m1_kernels::base::gpu::product::Storage;
-    use m1_kernels::linear::quantized::{Quantized, linear_quantized};
     let Some(device) = wgpu() else { return };
-    for storage in [
-        Storage::Int8 { block: 32 },
-        Storage::Int8 { block: 64 },
-        Storage::Int4 { block: 32 },
-        Storage::Int4 { block: 64 },
-    ] {
+    for format in FORMATS {
         let (input, out) = (192, 37);
-        let w = values(&random([out, input]));
-        let stored = Quantized::new(&w, [out, input], storage, &device).unwrap();
-        let dense = stored.dequantized();
-        let scale = if matches!(storage, Storage::Int8 { .. }) { 0.02 } else { 0.35 };
-        for (a, b) in w.iter().zip(&dense) {
-            assert!((a - b).abs() <= scale, "{a} was stored as {b}");
-        }
-        let dense = Tensor::<2>::from_data(TensorData::new(dense, [out, input]), &Device::flex());
-        for n in [0, 1, 3, 9, 70] {
+        let (stored, dense) = quantized(format, [1, out, input], &device);
+        let dense: Tensor<2> = dense.squeeze_dim(0);
+        assert!(stored.bytes() < out * input * 5 / 4, "{} bytes", stored.bytes());
+        let stored = stored.into();
+        for n in [0, 1, 3, 7, 9, 70] {
             let x = random([n, input]);
-            let got = linear_quantized(to(&x, &device), &stored);
-            if n == 0 {
-                assert_eq!(got.dims(), [0, out]);
-                continue;
+            let got = linear::linear(to(&x, &device), &stored);
+            assert_eq!(got.dims(), [n, out]);
+            if n > 0 {
+                close(&format!("{format:?}, {n} rows"), &got, &linear::reference::linear(x, dense.clone()), 2e-5);
             }
-            close(&format!("{storage:?}, {n} rows"), &got, &linear::reference::linear(x, dense.clone()), 2e-5);
+        }
+        // Under autodiff by the definition: a gradient flows to x, and none to the constant.
+        let x = random([3, input]);
+        let tracked = to(&x, &device.clone().autodiff()).require_grad();
+        let gradients = linear::linear(tracked.clone(), &stored).sum().backward();
+        let want = dense.sum_dim(0).repeat_dim(0, 3);
+        close("gradient of x", &to(&tracked.grad(&gradients).unwrap(), &Device::flex()), &want, 2e-5);
+    }
+}
+
+#[test]
+fn quantized_experts_equal_the_reference() {
+    let Some(device) = wgpu() else { return };
+    // one token, few, the small tile, the large one, many tiles of one expert
+    for (tokens, hidden, ffn, count, k, crowd) in [
+        (1, 64, 128, 4, 2, false),
+        (5, 192, 64, 5, 2, false),
+        (19, 64, 64, 3, 2, true),
+        (61, 128, 64, 3, 2, false),
+        (131, 64, 192, 5, 3, true),
+    ] {
+        for format in FORMATS {
+            let [w1, w2, w3] = [[count, ffn, hidden], [count, hidden, ffn], [count, ffn, hidden]]
+                .map(|dims| quantized(format, dims, &device));
+            let choices: std::sync::Arc<[u32]> = choices(tokens, count, k, crowd).into();
+            let (x, shares) = (random([tokens, hidden]), random([tokens, k]).abs());
+            let weights = ExpertsWeights { w1: w1.1.into(), w2: w2.1.into(), w3: w3.1.into() };
+            let routing = Routing { choices: choices.clone(), shares: shares.clone() };
+            let want = experts::reference::experts(x.clone(), &routing, &weights);
+            let weights = ExpertsWeights { w1: w1.0.into(), w2: w2.0.into(), w3: w3.0.into() };
+            let routing = Routing { choices, shares: to(&shares, &device) };
+            let got = experts::experts(to(&x, &device), &routing, &weights);
+            close(&format!("{format:?}, experts of {tokens} tokens"), &got, &want, 1e-4);
+            let mut broken = values(&x);
+            broken[(tokens - 1) * hidden + 3] = f32::NAN;
+            let broken = Tensor::<2>::from_data(TensorData::new(broken, [tokens, hidden]), &device);
+            for (row, values) in values(&experts::experts(broken, &routing, &weights)).chunks(hidden).enumerate() {
+                assert_eq!(values.iter().any(|x| x.is_nan()), row == tokens - 1, "row {row} of {tokens}");
+            }
         }
     }
-    assert!(Quantized::new(&[0.0; 48], [1, 48], Storage::Int8 { block: 32 }, &device).is_none());
 }

@@ -5,7 +5,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use m1_kernels::{linear, rms_norm};
 
 use crate::batch::ints;
-use crate::weight::{Held, Table, Weight};
+use crate::weight::{FileTable, Held, Table, Weight};
 
 /// A linear map without bias.
 #[derive(Module, Debug)]
@@ -20,7 +20,8 @@ impl Linear {
         Self { weight: Weight::normal(gain / (input as f64).sqrt(), [output, input], device) }
     }
 
-    /// `[n, in] -> [n, out]`: in the dtype of a tensor weight, in f32 with a packed one.
+    /// `[n, in] -> [n, out]`: in the dtype of a tensor weight, in f32 with a packed one, in that of `x` with one quantized on
+    /// a device.
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         linear::linear(x, &self.weight.value())
     }
@@ -120,17 +121,17 @@ impl Embedding {
         Self { weight: Table::normal(1.0, [vocab, hidden], device) }
     }
 
-    /// Ids `[n] -> [n, hidden]` on `device`: in the dtype of a tensor, in f32 from a file's rows.
+    /// Ids `[n] -> [n, hidden]` on `device`: in the dtype of a tensor, in the table's from a file's rows.
     pub fn forward(&self, ids: Vec<i32>, device: &Device) -> Tensor<2> {
         match &self.weight {
             Held::Tensor(param) => param.val().select(0, ints(ids, device)),
-            Held::Constant(rows) => {
+            Held::Constant(FileTable { rows, dtype }) => {
                 let mut values = vec![0f32; ids.len() * rows.width()];
                 for (id, row) in ids.iter().zip(values.chunks_exact_mut(rows.width())) {
                     // Its scales were looked at when it was loaded.
                     let _ = rows.read(*id as usize, row);
                 }
-                Tensor::from_data(TensorData::new(values, [ids.len(), rows.width()]), device)
+                Tensor::from_data(TensorData::new(values, [ids.len(), rows.width()]), (device, *dtype))
             }
         }
     }

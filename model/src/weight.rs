@@ -1,7 +1,7 @@
-//! What a module holds of its weights: a parameter on a device, or a constant made for the CPU.
+//! What a module holds of its weights: a parameter on a device, or a constant made for inference.
 //!
 //! A constant has no place in the module tree that Burn's visitors walk: they see no parameter there, and mappers hand
-//! it on. So optimizers, devices and autodiff need not know that packed weights exist.
+//! it on. So optimizers, devices and autodiff need not know that packed and quantized weights exist.
 
 use std::sync::Arc;
 
@@ -10,24 +10,69 @@ use burn::module::{
 };
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use m1_kernels::base::packed::{Format, PackError, Packed};
-use m1_kernels::linear;
+use m1_kernels::linear::{self, Quantized};
 
 use crate::checkpoint::Rows;
 
 /// A weight of rank `D`: a parameter, or a constant of type `C`.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one a matrix
 pub enum Held<const D: usize, C> {
     /// f32 or bf16 on any device; what training works on.
     Tensor(Param<Tensor<D>>),
-    /// On the CPU, for inference only.
+    /// For inference only.
     Constant(C),
 }
 
 /// A matrix `[out, in]` (`D` = 2) or the stacked matrices of a layer's experts `[experts, out, in]` (`D` = 3).
-pub type Weight<const D: usize> = Held<D, Packed>;
+pub type Weight<const D: usize> = Held<D, Constant>;
+
+/// Matrices that are not trained, in the form that products read.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one a matrix
+pub enum Constant {
+    /// On the CPU.
+    Packed(Packed),
+    /// On another device.
+    Quantized(Quantized),
+}
 
 /// The embedding's rows `[vocab, hidden]`; as a constant they stay in the checkpoint's file until they are asked for.
-pub type Table = Held<2, Arc<Rows>>;
+pub type Table = Held<2, FileTable>;
+
+/// Rows in a checkpoint's file, and the dtype that they get.
+#[derive(Debug, Clone)]
+pub struct FileTable {
+    /// Where they are.
+    pub rows: Arc<Rows>,
+    /// f32 or bf16.
+    pub dtype: DType,
+}
+
+impl Constant {
+    fn format(&self) -> Format {
+        match self {
+            Self::Packed(packed) => packed.format(),
+            Self::Quantized(quantized) => quantized.format(),
+        }
+    }
+
+    /// Outputs and inputs of each matrix.
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Packed(packed) => [packed.out(), packed.input()],
+            Self::Quantized(quantized) => [quantized.dims()[1], quantized.dims()[2]],
+        }
+    }
+
+    /// Matrix `matrix` on the CPU: where to look for it, and its number there.
+    pub(crate) fn on_cpu(&self, matrix: usize) -> (Packed, usize) {
+        match self {
+            Self::Packed(packed) => (packed.clone(), matrix),
+            Self::Quantized(quantized) => (quantized.packed(matrix), 0),
+        }
+    }
+}
 
 impl<const D: usize, C> Held<D, C> {
     /// A normal distribution with this deviation, drawn when first used.
@@ -57,7 +102,8 @@ impl<const D: usize> Weight<D> {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Tensor(param) => tensor_bytes(param),
-            Self::Constant(packed) => packed.bytes() as u64,
+            Self::Constant(Constant::Packed(packed)) => packed.bytes() as u64,
+            Self::Constant(Constant::Quantized(quantized)) => quantized.bytes() as u64,
         }
     }
 
@@ -66,7 +112,7 @@ impl<const D: usize> Weight<D> {
         let format = match self {
             Self::Tensor(param) if param.is_initialized() && param.val().dtype() == DType::BF16 => Format::Bf16,
             Self::Tensor(_) => Format::F32,
-            Self::Constant(packed) => packed.format(),
+            Self::Constant(constant) => constant.format(),
         };
         match format {
             Format::F32 => "f32",
@@ -80,7 +126,8 @@ impl<const D: usize> Weight<D> {
     pub fn value(&self) -> linear::Weight<D> {
         match self {
             Self::Tensor(param) => linear::Weight::Tensor(param.val()),
-            Self::Constant(packed) => linear::Weight::Packed(packed.clone()),
+            Self::Constant(Constant::Packed(packed)) => linear::Weight::Packed(packed.clone()),
+            Self::Constant(Constant::Quantized(quantized)) => linear::Weight::Quantized(quantized.clone()),
         }
     }
 
@@ -101,7 +148,7 @@ impl<const D: usize> Weight<D> {
         let row = |matrix: usize, row: usize, buf: &mut [f32]| {
             buf.copy_from_slice(&values[(matrix * out + row) * input..][..input]);
         };
-        Ok(Self::Constant(Packed::pack(format, count, out, input, &row)?))
+        Ok(Self::Constant(Constant::Packed(Packed::pack(format, count, out, input, &row)?)))
     }
 }
 
@@ -110,7 +157,7 @@ impl Table {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Tensor(param) => tensor_bytes(param),
-            Self::Constant(rows) => rows.bytes(),
+            Self::Constant(table) => table.rows.bytes(),
         }
     }
 }
@@ -219,7 +266,7 @@ mod tests {
         for dtype in [DType::F32, DType::BF16] {
             let tensor = Tensor::<3>::random([3, 5, 7], burn::tensor::Distribution::Default, &device).cast(dtype);
             let weight: Weight<3> = Held::Tensor(Param::from_tensor(tensor.clone()));
-            let Held::Constant(packed) = weight.packed().unwrap() else { panic!("packed") };
+            let Held::Constant(Constant::Packed(packed)) = weight.packed().unwrap() else { panic!("packed") };
             assert_eq!(packed.format(), if dtype == DType::F32 { Format::F32 } else { Format::Bf16 });
             let mut rows = vec![0f32; 3 * 5 * 7];
             for (i, buf) in rows.chunks_mut(7).enumerate() {

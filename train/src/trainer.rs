@@ -8,7 +8,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use burn::tensor::{Device, Int, Tensor, TensorData, activation::log_softmax};
+use burn::tensor::{Device, Tensor};
+use m1_kernels::log_prob::log_prob;
 use m1_model::batch::Batch;
 use m1_model::model::{M1, router_aux_loss};
 use m1_model::trace::Trace;

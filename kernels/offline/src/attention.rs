@@ -4,7 +4,7 @@ use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 use m1_kernels::base::cube::Limits;
 use m1_kernels::lightning_attention::cube::{decode, scan};
-use m1_kernels::softmax_attention::cube::{attend, backward};
+use m1_kernels::softmax_attention::cube::{self, attend, backward};
 
 use crate::catalogue::{Definition, Entry};
 use crate::target::{properties, sm90, target};
@@ -140,37 +140,43 @@ pub fn entries() -> Vec<Entry> {
                     .define()
                 }),
             );
-            let same = if half { t } else { f32 };
-            for (kernel, total, blocks, split, finish) in [
-                ("softmax_attend (text)", 4096, 1, attend::Split::Queries, attend::Finish::OutputAndLogSum),
-                ("softmax_attend (chunk, 4 blocks)", 4096, 4, attend::Split::Queries, attend::Finish::Output),
-                ("softmax_attend (token, 4 blocks)", 8, 4, attend::Split::Pieces(256), attend::Finish::Partial),
-            ] {
-                let p = attend::Attend::fitting(&limits, dim, 8, total, half).expect("fits");
-                let p = attend::Attend { blocks, split, finish, ..p };
-                add(
-                    kernel,
-                    p.team.units,
-                    half,
-                    Box::new(move || {
-                        attend::softmax_attend::SoftmaxAttend::new(
-                            settings(p.team.units),
-                            properties(),
-                            target(),
-                            tensor(),
-                            list(blocks).values.into_iter().collect(),
-                            list(blocks).values.into_iter().collect(),
-                            tensor(),
-                            tensor(),
-                            (),
-                            (),
-                            (),
-                            p,
-                            [t, t, same],
-                        )
-                        .define()
-                    }),
-                );
+            // Keys and values in the queries' dtype, and in f32 as the cache keeps them by default.
+            let kinds = [(t, if half { t } else { f32 }, ""), (f32, f32, ", keys f32")];
+            for (keys, operand, of) in kinds.into_iter().take(if half { 2 } else { 1 }) {
+                let fragments = half && keys == t;
+                let blocks = cube::pairs(64, fragments);
+                for (kernel, total, blocks, split, finish) in [
+                    ("text", 4096, 1, attend::Split::Queries, attend::Finish::OutputAndLogSum),
+                    ("chunk", 4096, blocks, attend::Split::Queries, attend::Finish::Output),
+                    ("short token", 8, blocks, attend::Split::Queries, attend::Finish::Output),
+                    ("token", 8, blocks, attend::Split::Pieces(256), attend::Finish::Partial),
+                ] {
+                    let p = attend::Attend::fitting(&limits, dim, 8, total, fragments).expect("fits");
+                    let p = attend::Attend { blocks, split, finish, ..p };
+                    add(
+                        &format!("softmax_attend ({kernel}{of}, blocks: {blocks})"),
+                        p.team.units,
+                        fragments,
+                        Box::new(move || {
+                            attend::softmax_attend::SoftmaxAttend::new(
+                                settings(p.team.units),
+                                properties(),
+                                target(),
+                                tensor(),
+                                list(blocks).values.into_iter().collect(),
+                                list(blocks).values.into_iter().collect(),
+                                tensor(),
+                                tensor(),
+                                (),
+                                (),
+                                (),
+                                p,
+                                [t, keys, operand],
+                            )
+                            .define()
+                        }),
+                    );
+                }
             }
             if !half {
                 add(

@@ -26,8 +26,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Compile and assemble all kernels and write the table; fails if one cannot be, and names in the table what spills or
-    /// misses its tensor cores.
+    /// Compile and assemble all kernels and write the table; fails, with a list, if one cannot be, spills, or misses its
+    /// tensor cores.
     Table {
         /// The site-packages folder with NVIDIA's wheels.
         #[arg(long)]
@@ -41,6 +41,9 @@ enum Command {
         /// Hash of the sources, as `run.sh` makes it; the table carries it.
         #[arg(long)]
         sources: String,
+        /// Only kernels whose name and size hold this text; their rows are printed, and no file is written.
+        #[arg(long)]
+        only: Option<String>,
     },
     /// Print the roofline of M1's shapes.
     Roofline,
@@ -49,10 +52,13 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Roofline => print!("{}", roofline::tables()),
-        Command::Table { tools, work, out, sources } => {
+        Command::Table { tools, work, out, sources, only } => {
             let tools = assemble::Tools::open(&tools)?;
             std::fs::create_dir_all(&work).with_context(|| work.display().to_string())?;
-            let entries = catalogue::entries();
+            let mut entries = catalogue::entries();
+            if let Some(text) = &only {
+                entries.retain(|entry| format!("{} {} {}", entry.kernel, entry.dtype, entry.size).contains(text));
+            }
             let mut rows = Vec::new();
             let mut failed = Vec::new();
             for made in table::all(&entries, &tools, &work) {
@@ -64,25 +70,31 @@ fn main() -> anyhow::Result<()> {
             if !failed.is_empty() {
                 bail!("{} kernels cannot be compiled:\n{}", failed.len(), failed.join("\n"));
             }
+            if only.is_some() {
+                print!("{}", table::markdown(&rows));
+            }
             let faults = table::faults(&rows);
+            if !faults.is_empty() {
+                bail!("{} of {} assemblies not as demanded:\n{}", faults.len(), rows.len(), faults.join("\n"));
+            }
+            if only.is_some() {
+                return Ok(());
+            }
             let text = format!(
                 "# Kernels on sm_90a, compiled and never run\n\nMade by `kernels/offline/run.sh`; no GPU was there. Sources: `{}`.\n\
-                 {} kernels, each by CubeCL's two routes (LLVM to PTX, and CUDA C++ through NVRTC), then ptxas. Demanded: no \
-                 spills, tensor cores where f16/bf16 blocks are multiplied, no TF32 under f32.\n\n\
-                 # Not as demanded\n\n{}\n# What each takes\n\n{}\n# What M1's shapes cost at least\n\n{}",
+                 {} kernels, each by CubeCL's two routes (LLVM to PTX, and CUDA C++ through NVRTC), then ptxas. Demanded of every \
+                 one of these {} assemblies, or there is no table: no spills, tensor cores where f16/bf16 blocks are multiplied, no \
+                 TF32 under f32.\n\n# What each takes\n\n{}\n# What M1's shapes cost at least\n\n{}",
                 sources,
                 entries.len(),
-                table::list(&faults),
+                rows.len(),
                 table::markdown(&rows),
                 roofline::tables()
             );
             let temporary = out.with_extension("md.tmp");
             std::fs::write(&temporary, text).with_context(|| temporary.display().to_string())?;
             std::fs::rename(&temporary, &out).with_context(|| out.display().to_string())?;
-            for fault in &faults {
-                eprintln!("not as demanded: {fault}");
-            }
-            eprintln!("{} rows, {} not as demanded: {}", rows.len(), faults.len(), out.display());
+            eprintln!("{} rows, all as demanded: {}", rows.len(), out.display());
         }
     }
     Ok(())

@@ -130,14 +130,8 @@ fn few_rows(
     max_rows: usize,
 ) -> Entry {
     let floating = storage == Storage::Float;
-    let (x_vector, w_vector, words) = if !floating {
-        (storage.per_word(), 4, 4)
-    } else if element == FloatKind::F32.into() {
-        (4, 4, 1)
-    } else {
-        (8, 8, 1)
-    };
-    let spec = gemv::Gemv { storage, rows: asked.rows, store: asked.store, max_rows, words };
+    let halves = [kind != FloatKind::F32, element != FloatKind::F32.into()];
+    let (spec, x_vector, w_vector) = gemv::Gemv::new(storage, asked.rows, asked.store, max_rows, halves);
     let units = gemv::LANES * gemv::COLUMNS;
     let definition: Definition = Box::new(move || {
         gemv::few_rows::FewRows::new(

@@ -115,11 +115,6 @@ pub fn faults(rows: &[Row]) -> Vec<String> {
     rows.iter().flat_map(|row| row.faults().into_iter().map(move |fault| named(row, fault))).collect()
 }
 
-/// Lines as a Markdown list.
-pub fn list(lines: &[String]) -> String {
-    if lines.is_empty() { "Nothing.\n".into() } else { lines.iter().map(|line| format!("- {line}\n")).collect() }
-}
-
 /// The table as Markdown.
 pub fn markdown(rows: &[Row]) -> String {
     let mut text = String::from(

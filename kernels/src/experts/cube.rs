@@ -13,19 +13,24 @@
 use std::sync::Arc;
 
 use burn::{
-    backend::{TensorMetadata, tensor::FloatTensor},
-    tensor::{DType, Shape},
+    backend::{
+        Backend, Dispatch, TensorMetadata, backend_extension,
+        tensor::{FloatTensor, IntTensor},
+    },
+    tensor::{DType, Shape, Tensor},
 };
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::ExpertsBackend;
+use super::{ExpertsBackend, Routing};
 use crate::base::gpu::{
     buffer, cube_sum, element, empty,
-    product::{Outer, Plan, Product, Rows, Store, Stored},
+    product::{Outer, Plan, Product, Rows, Storage, Store, Stored},
     rows, sigmoid, spread, zeros,
 };
 use crate::base::packed::Packed;
+use crate::cast;
+use crate::linear::Quantized;
 
 const UNITS: usize = 256;
 
@@ -127,10 +132,10 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(x: &CubeTensor, w1: &CubeTensor, ffn: usize, choices: &[u32]) -> Self {
+    fn new(x: &CubeTensor, experts: usize, ffn: usize, choices: &[u32]) -> Self {
         let [tokens, hidden] = x.shape().dims();
         let slots = choices.len();
-        Self { tokens, hidden, ffn, experts: w1.shape()[0], slots, k: slots.checked_div(tokens).unwrap_or(1) }
+        Self { tokens, hidden, ffn, experts, slots, k: slots.checked_div(tokens).unwrap_or(1) }
     }
 }
 
@@ -203,14 +208,14 @@ type T = FloatTensor<CubeBackend>;
 
 impl ExpertsBackend for CubeBackend {
     fn experts(x: T, shares: T, w1: T, w2: T, w3: T, choices: Arc<[u32]>) -> T {
-        let sizes = Sizes::new(&x, &w1, w1.shape()[1], &choices);
+        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], &choices);
         let (x, shares) = (rows(x), rows(shares));
         let [w1, w2, w3] = [w1, w2, w3].map(Stored::float);
         forward(&x, &shares, [&w1, &w2, &w3], &sizes, &choices)
     }
 
     fn experts_backward(x: T, shares: T, w1: T, w2: T, w3: T, d_y: T, choices: Arc<[u32]>) -> (T, T, T, T, T) {
-        let sizes = Sizes::new(&x, &w1, w1.shape()[1], &choices);
+        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], &choices);
         let Sizes { hidden, ffn, slots, k, .. } = sizes;
         if slots == 0 || hidden == 0 || ffn == 0 {
             let [x, shares, w1, w2, w3] = [x, shares, w1, w2, w3].map(|t| zeros(&t, t.shape(), t.dtype));
@@ -288,4 +293,67 @@ impl ExpertsBackend for CubeBackend {
     fn experts_packed(_: T, _: T, _: Packed, _: Packed, _: Packed, _: Arc<[u32]>) -> T {
         unreachable!("packed weights are the CPU's; the public function never sends them to a device")
     }
+}
+
+/// Experts whose weights are quantized: constants, and only a device's.
+#[backend_extension(Cube)]
+pub trait ExpertsQuantizedBackend: Backend {
+    /// As [`ExpertsBackend::experts`], in the dtype of `x`, from the words and scales of `w1`, `w2`, `w3`: `[experts · out, in
+    /// / values of a word]` and `[experts · out, in / block]`, as [`Storage`] says.
+    fn experts_quantized(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: IntTensor<Self>,
+        w2: IntTensor<Self>,
+        w3: IntTensor<Self>,
+        scales1: FloatTensor<Self>,
+        scales2: FloatTensor<Self>,
+        scales3: FloatTensor<Self>,
+        experts: usize,
+        storage: Storage,
+        choices: Arc<[u32]>,
+    ) -> FloatTensor<Self>;
+}
+
+type Words = IntTensor<CubeBackend>;
+
+impl ExpertsQuantizedBackend for CubeBackend {
+    fn experts_quantized(
+        x: T,
+        shares: T,
+        w1: Words,
+        w2: Words,
+        w3: Words,
+        scales1: T,
+        scales2: T,
+        scales3: T,
+        experts: usize,
+        storage: Storage,
+        choices: Arc<[u32]>,
+    ) -> T {
+        let sizes = Sizes::new(&x, experts, scales1.shape()[0] / experts.max(1), &choices);
+        let (x, shares) = (rows(x), rows(shares));
+        let stored = [(w1, scales1), (w2, scales2), (w3, scales3)];
+        let [w1, w2, w3] = stored.map(|(words, scales)| Stored::quantized(words, scales, storage));
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, &choices)
+    }
+}
+
+/// See [`super::experts`]; all three weights are of one format.
+pub(super) fn experts_quantized(x: Tensor<2>, routing: &Routing, weights: [&Quantized; 3]) -> Tensor<2> {
+    let (experts, storage) = (weights[0].dims()[0], Storage::of(weights[0].format()));
+    let [(w1, scales1), (w2, scales2), (w3, scales3)] = weights.map(Quantized::parts);
+    Tensor::from_dispatch(<Dispatch as ExpertsQuantizedBackend>::experts_quantized(
+        x.into_dispatch(),
+        cast(routing.shares.clone(), DType::F32).into_dispatch(),
+        w1.into_dispatch(),
+        w2.into_dispatch(),
+        w3.into_dispatch(),
+        scales1.into_dispatch(),
+        scales2.into_dispatch(),
+        scales3.into_dispatch(),
+        experts,
+        storage,
+        routing.choices.clone(),
+    ))
 }

@@ -170,8 +170,8 @@ fn check(choices: &[u32], k: usize, experts: usize) {
     }
 }
 
-/// Runs `x [tokens, hidden]` through the experts of `routing`; the result has the dtype of the weights, f32 for packed
-/// ones.
+/// Runs `x [tokens, hidden]` through the experts of `routing`; the result has the dtype of the weights: f32 for packed
+/// ones, that of `x` for those that are quantized on a device.
 ///
 /// On the CPU a token's result depends neither on the other tokens nor on the number of threads, to the bit.
 ///
@@ -227,6 +227,15 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
                 w3.clone().into_dispatch(),
                 routing.choices.clone(),
             ))
+        }
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        (Weight::Quantized(w1), Weight::Quantized(w2), Weight::Quantized(w3))
+            if on_cube(&x)
+                && !(x.device().is_autodiff() || routing.shares.device().is_autodiff())
+                && [w1, w2, w3].into_iter().all(|w| w.indexable() && w.format() == w1.format())
+                && device::indexable(&[tokens, k, hidden.max(2 * ffn)]) =>
+        {
+            cube::experts_quantized(x, routing, [w1, w2, w3])
         }
         _ => reference::experts(x, routing, weights),
     }

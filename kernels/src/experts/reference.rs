@@ -3,11 +3,10 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation::silu};
 
 use super::{ExpertsWeights, Routing};
-use crate::base::packed::Packed;
 use crate::cast;
 use crate::linear::Weight;
 
-/// See [`super::experts`]. Packed weights are dequantised, the chosen experts' alone.
+/// See [`super::experts`]. Constants are dequantised, the chosen experts' alone.
 pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Tensor<2> {
     let [tokens, hidden] = x.dims();
     let [_, k] = routing.shares.dims();
@@ -16,6 +15,7 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
     let dtype = match &weights.w1 {
         Weight::Tensor(w) => w.dtype(),
         Weight::Packed(_) => DType::F32,
+        Weight::Quantized(_) => x.dtype(),
     };
     let x = cast(x, dtype);
     if tokens * k == 0 {
@@ -34,7 +34,8 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
             position[slot] = next;
             next += 1;
         }
-        let [w1, w2, w3] = [&weights.w1, &weights.w2, &weights.w3].map(|w| one(w, expert, &device).transpose());
+        let [w1, w2, w3] =
+            [&weights.w1, &weights.w2, &weights.w3].map(|w| cast(w.dense(expert, &device), dtype).transpose());
         let x = if tokens == 1 { x.clone() } else { x.clone().select(0, index(slots.iter().map(|s| s / k), &device)) };
         let gate = silu(x.clone().matmul(w1));
         let up = x.matmul(w3);
@@ -43,23 +44,6 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
     let y = Tensor::cat(outputs, 0).select(0, index(position.into_iter(), &device));
     let shares = cast(routing.shares.clone(), y.dtype()).reshape([tokens, k, 1]);
     (y.reshape([tokens, k, hidden]) * shares).sum_dim(1).reshape([tokens, hidden])
-}
-
-/// One expert's matrix `[out, in]`.
-fn one(weight: &Weight<3>, expert: usize, device: &Device) -> Tensor<2> {
-    match weight {
-        Weight::Tensor(stack) => stack.clone().narrow(0, expert, 1).squeeze_dim(0),
-        Weight::Packed(packed) => dense(packed, expert, device),
-    }
-}
-
-fn dense(packed: &Packed, expert: usize, device: &Device) -> Tensor<2> {
-    let (out, input) = (packed.out(), packed.input());
-    let mut all = vec![0f32; out * input];
-    for (row, to) in all.chunks_mut(input.max(1)).enumerate() {
-        packed.row(expert, row, to);
-    }
-    Tensor::from_data(TensorData::new(all, [out, input]), device)
 }
 
 fn index(values: impl Iterator<Item = usize>, device: &Device) -> Tensor<1, Int> {

@@ -1,15 +1,17 @@
 //! CUDA and wgpu: f16 and bf16 by Burn's product, except few rows; f32, f32 with a stored bf16, and few rows of anything by
-//! the kernels of `base::gpu`, which read each weight once at its stored size and never round f32 to TF32.
+//! the kernels of `base::gpu`, which read each weight once at its stored size and never round f32 to TF32. Quantized weights
+//! go there always.
 //!
 //! Offline: `base::gpu`'s `few_rows`, `tile_product` (`by_k` true and false) and `outer`, without a plan.
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::DType;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
+use burn::tensor::{DType, Tensor};
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 
-use super::LinearBackend;
+use super::{LinearBackend, Quantized};
 use crate::base::gpu::{
-    product::{FEW_ROWS, Outer, Product, Rows, Store, Stored},
+    product::{FEW_ROWS, Outer, Product, Rows, Storage, Store, Stored},
     rows, zeros,
 };
 use crate::base::packed::Packed;
@@ -72,4 +74,35 @@ impl LinearBackend for CubeBackend {
     fn linear_packed_backward(_: Packed, _: T) -> T {
         unreachable!("packed weights are the CPU's; the public function never sends them to a device")
     }
+}
+
+/// Products with quantized weights, which are constants and only a device's.
+#[backend_extension(Cube)]
+pub trait LinearQuantizedBackend: Backend {
+    /// `x [n, in] · wᵀ [n, out]` in the dtype of `x`; `words [out, in / values of a word]` and `scales [out, in / block]` as
+    /// [`Storage`] says.
+    fn linear_quantized(
+        x: FloatTensor<Self>,
+        words: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        storage: Storage,
+    ) -> FloatTensor<Self>;
+}
+
+impl LinearQuantizedBackend for CubeBackend {
+    fn linear_quantized(x: T, words: IntTensor<Self>, scales: T, storage: Storage) -> T {
+        let ([m, k], n) = (x.shape().dims(), scales.shape()[0]);
+        if m * n * k == 0 {
+            return zeros(&x, [m, n], x.dtype);
+        }
+        let (dtype, x, w) = (x.dtype, rows(x), Stored::quantized(words, scales, storage));
+        product(&x, &w, true, [m, n, k]).run(dtype)
+    }
+}
+
+/// `x [n, in] · wᵀ -> [n, out]` in the dtype of `x`; sums in f32. Up to 8 rows read each weight once at its stored size.
+pub(super) fn linear_quantized(x: Tensor<2>, w: &Quantized) -> Tensor<2> {
+    let ((words, scales), storage) = (w.parts(), Storage::of(w.format()));
+    let (x, words, scales) = (x.into_dispatch(), words.into_dispatch(), scales.into_dispatch());
+    Tensor::from_dispatch(<Dispatch as LinearQuantizedBackend>::linear_quantized(x, words, scales, storage))
 }

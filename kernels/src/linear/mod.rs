@@ -1,6 +1,6 @@
 //! `y = x · Wᵀ`, the weight in the checkpoint's own `[out, in]` layout.
 //!
-//! On the CPU a weight is multiplied as it is stored: packed weights at their stored size, f32 and bf16 tensors block by block
+//! A weight is multiplied as it is stored. On the CPU: packed weights at their stored size, f32 and bf16 tensors block by block
 //! (never widened whole). Each output is one chain of multiply-adds along `in`: a row's bits depend neither on the rows
 //! beside it nor on the number of threads, and a weight packed in f32 gives the bits of its tensor.
 
@@ -9,13 +9,13 @@ mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
 pub mod cube;
-#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub mod quantized;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 pub mod weight;
 
+pub use quantized::Quantized;
 pub use weight::Weight;
 
 use burn::backend::tensor::FloatTensor;
@@ -23,7 +23,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Tensor};
 
 use crate::base::{
-    device::{MAX_ELEMENTS, on_cube},
+    device::{self, on_cube},
     on_cpu,
     packed::Packed,
 };
@@ -51,11 +51,12 @@ pub trait LinearBackend: Backend {
 }
 
 /// `x [n, in] · weight [out, in]ᵀ -> [n, out]`: for a tensor in its dtype (`x` is cast to it first); for a packed weight with `x`
-/// rounded as the format asks, and an f32 result.
+/// rounded as the format asks, and an f32 result; for one that is quantized on a device in the dtype of `x`.
 pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
     match weight {
         Weight::Tensor(weight) => product(cast(x, weight.dtype()), weight.clone()),
         Weight::Packed(weight) => packed(x, weight, false),
+        Weight::Quantized(weight) => quantized(x, weight),
     }
 }
 
@@ -65,12 +66,13 @@ pub fn linear_f32(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
     match weight {
         Weight::Tensor(weight) => product(x, weight.clone()),
         Weight::Packed(weight) => packed(x, weight, true),
+        Weight::Quantized(weight) => quantized(x, weight),
     }
 }
 
 fn product(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     let known = matches!((x.dtype(), w.dtype()), (DType::F32, DType::F32 | DType::BF16) | (DType::BF16, DType::BF16));
-    let on_device = on_cube(&w) && on_cube(&x) && x.dims()[0].saturating_mul(w.dims()[0]) <= MAX_ELEMENTS;
+    let on_device = on_cube(&w) && on_cube(&x) && device::indexable(&[x.dims()[0], w.dims()[0]]);
     if known && on_cpu(&x) || on_device {
         Tensor::from_dispatch(<Dispatch as LinearBackend>::linear(x.into_dispatch(), w.into_dispatch()))
     } else {
@@ -85,4 +87,13 @@ fn packed(x: Tensor<2>, w: &Packed, exact: bool) -> Tensor<2> {
     assert!(on_cpu(&x), "packed weights are for the CPU");
     let x = cast(x, DType::F32).into_dispatch();
     Tensor::from_dispatch(<Dispatch as LinearBackend>::linear_packed(x, w.clone(), exact))
+}
+
+fn quantized(x: Tensor<2>, w: &Quantized) -> Tensor<2> {
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if on_cube(&x) && !x.device().is_autodiff() && w.indexable() && device::indexable(&[x.dims()[0], w.dims()[1]]) {
+        return cube::linear_quantized(x, w);
+    }
+    let w = Weight::<2>::from(w.clone()).dense(0, &x.device());
+    reference::linear(x.clone(), cast(w, x.dtype()))
 }

@@ -83,7 +83,8 @@ pub trait LogProbBackend: Backend {
 /// Log-probability of each target and entropy of each distribution, both `[n]` in f32 and natural logarithms.
 ///
 /// - `hidden [n, hidden]`: after the final norm; taken in f32.
-/// - `head [vocab, hidden]`: a tensor in f32 or bf16, or packed in any format; products are in f32 either way.
+/// - `head [vocab, hidden]`: a tensor in f32 or bf16, or packed in any format; products are in f32 either way. One that is
+///   quantized on a device is dequantized for the call.
 /// - `targets`: n token ids below vocab.
 /// - `temperature`: positive, divides the logits.
 ///
@@ -99,7 +100,7 @@ pub fn log_prob(hidden: Tensor<2>, head: &Weight<2>, targets: &[u32], temperatur
     assert_eq!(hidden.dims(), [n, dim], "log_prob needs one target per row of hidden, and rows as wide as the head's");
     assert!(targets.iter().all(|&t| (t as usize) < vocab), "log_prob: a target is not below {vocab}");
     assert!(temperature > 0.0 && temperature.is_finite(), "log_prob: the temperature must be positive");
-    let on_cpu = on_cpu(&hidden);
+    let (on_cpu, device) = (on_cpu(&hidden), hidden.device());
     let (hidden, targets) = (cast(hidden, DType::F32).into_dispatch(), targets.to_vec());
     let out = match head {
         Weight::Tensor(head) => {
@@ -108,6 +109,10 @@ pub fn log_prob(hidden: Tensor<2>, head: &Weight<2>, targets: &[u32], temperatur
         Weight::Packed(head) => {
             assert!(on_cpu, "packed weights are for the CPU");
             <Dispatch as LogProbBackend>::log_prob_packed(hidden, head.clone(), targets, temperature)
+        }
+        Weight::Quantized(_) => {
+            let head = head.dense(0, &device).into_dispatch();
+            <Dispatch as LogProbBackend>::log_prob(hidden, head, targets, temperature)
         }
     };
     let out = Tensor::<2>::from_dispatch(out);

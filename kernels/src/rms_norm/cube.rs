@@ -139,9 +139,6 @@ pub fn rms_norm_input<F: Float, G: Float, N: Size>(
     let product = cube_sum(lanes(products), &mut scratch, units);
     let scale = 1.0f32 / (total / dim as f32 + eps).sqrt();
     let pull = product * scale * scale * scale / dim as f32;
-    if UNIT_POS == 0 {
-        scales[row] = scale;
-    }
     for i in range_stepped(UNIT_POS as usize, len, units) {
         let value = Vector::<f32, N>::cast_from(x[base + i]);
         let incoming = Vector::<f32, N>::cast_from(d_y[base + i]);
@@ -154,6 +151,9 @@ pub fn rms_norm_input<F: Float, G: Float, N: Size>(
             slope = slope * open;
         }
         d_x[base + i] = Vector::<F, N>::cast_from(slope * Vector::new(scale) - value * Vector::new(pull));
+    }
+    if UNIT_POS == 0 {
+        scales[row] = scale;
     }
 }
 

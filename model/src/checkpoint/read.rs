@@ -1,5 +1,5 @@
 //! Loading: every tensor goes straight from the mapped file to where it is used, into a parameter that was never
-//! initialised or into the form that the CPU's products read. One tensor at a time (or the same one of all experts of a
+//! initialised or into the form that products read. One tensor at a time (or the same one of all experts of a
 //! layer), each by all threads, with pages let go behind: memory peaks at the weights and one tensor.
 
 use std::collections::HashMap;
@@ -9,21 +9,23 @@ use std::sync::{Arc, OnceLock};
 use burn::module::{Initializer, Param};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 use burn_store::{ModuleSnapshot, bridge, burn_pack::Error as PackError};
+use half::f16;
 use indicatif::{ProgressBar, ProgressStyle};
 use m1_kernels::base::on_cpu;
 use m1_kernels::base::packed::{Format, Packed};
+use m1_kernels::linear::Quantized;
 use rayon::prelude::*;
 
 use super::WeightDtype;
 use super::convert::{Number, bits, narrow};
 use super::directory::{Checked, Directory};
 use super::error::CheckpointError;
-use super::quantization::Quantization;
+use super::quantization::{Blocks, Quantization};
 use super::rows::{Once, Rows};
 use super::slots::{Slot, of_expert, slots};
 use crate::config::ModelConfig;
 use crate::model::M1;
-use crate::weight::{Held, Weight};
+use crate::weight::{Constant, FileTable, Held, Weight};
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
@@ -33,11 +35,12 @@ pub struct LoadOptions {
     /// and all are to be tensors. `F32` widens; `Bf16` rounds to nearest even.
     pub dtype: Option<WeightDtype>,
     /// Quantize on the way, with the result of loading what [`super::quantize`] would have written. As any quantized
-    /// checkpoint, it is dequantized again where weights are tensors.
+    /// checkpoint, it is dequantized again where weights are to be tensors.
     pub quantize: Option<Quantization>,
-    /// Hold every weight as a tensor, as training and visitors need it. Weights that go to the CPU without autodiff are
-    /// otherwise packed, for inference alone, and the embedding's rows stay in the file; on other devices and under
-    /// autodiff they always are tensors, of `dtype` also where the file is quantized.
+    /// Hold every weight as a tensor, as training and visitors need it, of `dtype` also where the file is quantized; under
+    /// autodiff they always are. Otherwise weights are held for inference alone: on the CPU they are packed, and the
+    /// embedding's rows stay in the file; on other devices so do those of an embedding that is quantized, other quantized
+    /// weights are held as they are stored, and the rest are tensors.
     pub tensors: bool,
     /// Stands above the configuration's `rotary_dim`; needed where a Hugging Face conversion has none.
     pub rotary_dim: Option<usize>,
@@ -83,9 +86,11 @@ pub(super) fn build(
         stored.insert(spec.name, rows);
     }
     let bar = if options.progress { progress("loading", total) } else { ProgressBar::hidden() };
-    let packed = !options.tensors && !device.is_autodiff() && on_cpu(&Tensor::<1>::zeros([1], device));
+    let inference = !options.tensors && !device.is_autodiff();
+    let packed = inference && on_cpu(&Tensor::<1>::zeros([1], device));
     // Tensors meet each other and must be of one dtype; packed weights all meet activations in f32.
-    let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16: bf16 && (packed || narrow) };
+    let bf16 = bf16 && (packed || narrow);
+    let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16, inference, packed };
     let mut model = M1::new(config, device);
     let mut take = |name: &str| {
         let lacks = || CheckpointError::Missing { path: path.into(), tensors: vec![name.into()] };
@@ -96,31 +101,25 @@ pub(super) fn build(
             Slot::Norm(param) => *param = reader.tensor([take(&name)?], |rows| [rows[0].width()], true)?,
             Slot::Table(table) => {
                 let rows = take(&name)?;
-                *table = match packed {
+                *table = match packed || inference && rows.blocks().is_some() {
                     true => {
                         rows.check_scales()?;
                         bar.inc(rows.bytes());
-                        Held::Constant(Arc::new(rows))
+                        let wide = packed || reader.wide(std::slice::from_ref(&rows), false);
+                        let dtype = if wide { DType::F32 } else { DType::BF16 };
+                        Held::Constant(FileTable { rows: Arc::new(rows), dtype })
                     }
-                    false => Held::Tensor(reader.matrix(rows, false)?),
+                    false => Held::Tensor(reader.tensor([rows], matrix, false)?),
                 };
             }
             Slot::Matrix(weight) => {
                 let (rows, router) = (take(&name)?, name.ends_with(".gate.weight"));
-                *weight = match packed {
-                    true => reader.packed([rows], router)?,
-                    false => Held::Tensor(reader.matrix(rows, router)?),
-                };
+                *weight = reader.weight([rows], matrix, router)?;
             }
             Slot::Experts(weight) => {
                 let count = config.num_local_experts;
                 let all = (0..count).map(|e| take(&of_expert(&name, e))).collect::<Result<Vec<_>, _>>()?;
-                *weight = match packed {
-                    true => reader.packed(all, false)?,
-                    false => {
-                        Held::Tensor(reader.tensor(all, |all| [all.len(), all[0].rows(), all[0].width()], false)?)
-                    }
-                };
+                *weight = reader.weight(all, |all| [all.len(), all[0].rows(), all[0].width()], false)?;
             }
         }
     }
@@ -163,6 +162,15 @@ struct Reader<'a> {
     dtype: Option<WeightDtype>,
     /// Whether bf16 may stay what it is.
     bf16: bool,
+    /// Whether weights may be constants.
+    inference: bool,
+    /// Whether they are the CPU's.
+    packed: bool,
+}
+
+/// The shape of one matrix.
+fn matrix(rows: &[Rows]) -> [usize; 2] {
+    [rows[0].rows(), rows[0].width()]
 }
 
 impl Reader<'_> {
@@ -175,8 +183,18 @@ impl Reader<'_> {
             }
     }
 
-    fn matrix(&self, rows: Rows, exact: bool) -> Result<Param<Tensor<2>>, CheckpointError> {
-        self.tensor([rows], |rows| [rows[0].rows(), rows[0].width()], exact)
+    /// What the operations take, made from one matrix after the other.
+    fn weight<const D: usize>(
+        &self,
+        all: impl Into<Vec<Rows>>,
+        shape: impl FnOnce(&[Rows]) -> [usize; D],
+        exact: bool,
+    ) -> Result<Weight<D>, CheckpointError> {
+        let all = all.into();
+        match (self.packed, all[0].blocks().filter(|_| self.inference)) {
+            (false, None) => Ok(Held::Tensor(self.tensor(all, shape, exact)?)),
+            (_, blocks) => Ok(Held::Constant(self.constant(&all, blocks, exact)?)),
+        }
     }
 
     /// A parameter from one matrix after the other, which are read when burn-store puts them in.
@@ -213,26 +231,30 @@ impl Reader<'_> {
         }
     }
 
-    /// The form that the CPU's products read: from several matrices of one shape, a stack.
-    fn packed<const D: usize>(&self, all: impl Into<Vec<Rows>>, exact: bool) -> Result<Weight<D>, CheckpointError> {
-        let all = all.into();
+    /// The form that products read: from several matrices of one shape, a stack.
+    fn constant(&self, all: &[Rows], blocks: Option<Blocks>, exact: bool) -> Result<Constant, CheckpointError> {
         let (count, out, input) = (all.len(), all[0].rows(), all[0].width());
         let once: Vec<Once> = all.iter().map(|rows| Once::new(rows, self.bar)).collect();
-        let packed = match all[0].blocks() {
+        let quantized = |matrix: usize, row: usize, values: &mut [i8], scales: &mut [f16]| {
+            once[matrix].row(row, |rows| rows.read_blocks(row, values, scales));
+        };
+        let made = match blocks {
+            Some(blocks) if self.packed => {
+                Packed::pack_quantized(blocks.format(), count, out, input, &quantized).map(Constant::Packed)
+            }
             Some(blocks) => {
-                Packed::pack_quantized(blocks.format(), count, out, input, &|matrix, row, values, scales| {
-                    once[matrix].row(row, |rows| rows.read_blocks(row, values, scales));
-                })
+                Quantized::new(blocks.format(), [count, out, input], self.device, &quantized).map(Constant::Quantized)
             }
             None => {
-                let format = if self.wide(&all, exact) { Format::F32 } else { Format::Bf16 };
-                Packed::pack(format, count, out, input, &|matrix, row, out| {
+                let format = if self.wide(all, exact) { Format::F32 } else { Format::Bf16 };
+                let row = |matrix: usize, row: usize, out: &mut [f32]| {
                     once[matrix].row(row, |rows| rows.read(row, out));
-                })
+                };
+                Packed::pack(format, count, out, input, &row).map(Constant::Packed)
             }
         };
         once.into_iter().try_for_each(Once::finish)?;
-        Ok(Held::Constant(packed.map_err(|error| all[0].flawed(&error.to_string()))?))
+        made.map_err(|error| all[0].flawed(&error.to_string()))
     }
 }
 

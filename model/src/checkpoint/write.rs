@@ -11,7 +11,6 @@ use burn::module::Param;
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_store::bridge;
 use burn_store::burn_pack::Tensor as Snapshot;
-use m1_kernels::base::packed::Packed;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -26,7 +25,7 @@ use super::rows::Rows;
 use super::slots::{Slot, of_expert, slots};
 use crate::config::ModelConfig;
 use crate::model::M1;
-use crate::weight::{Held, Weight};
+use crate::weight::{Constant, Held, Weight};
 
 /// How to save.
 #[derive(Debug, Clone)]
@@ -74,11 +73,12 @@ pub fn save(path: &Path, model: &M1, options: &SaveOptions) -> Result<(), Checkp
 }
 
 /// Where a tensor's numbers are now.
+#[allow(clippy::large_enum_variant)] // one a tensor
 enum Values {
     /// In a parameter; read back from its device when it is written.
     Tensor(Snapshot),
-    /// One of those packed together.
-    Packed(Packed, usize),
+    /// One of those held together.
+    Constant(Constant, usize),
     File(Arc<Rows>),
 }
 
@@ -90,9 +90,9 @@ fn values(model: &M1) -> HashMap<String, Values> {
         match slot {
             Slot::Norm(param) => _ = all.insert(name, of(param)),
             Slot::Matrix(Held::Tensor(param)) => _ = all.insert(name, of(param)),
-            Slot::Matrix(Held::Constant(packed)) => _ = all.insert(name, Values::Packed(packed.clone(), 0)),
+            Slot::Matrix(Held::Constant(constant)) => _ = all.insert(name, Values::Constant(constant.clone(), 0)),
             Slot::Table(Held::Tensor(param)) => _ = all.insert(name, of(param)),
-            Slot::Table(Held::Constant(rows)) => _ = all.insert(name, Values::File(rows.clone())),
+            Slot::Table(Held::Constant(table)) => _ = all.insert(name, Values::File(table.rows.clone())),
             Slot::Experts(weight) => all.extend(experts(&name, weight)),
         }
     }
@@ -117,7 +117,7 @@ fn experts(name: &str, weight: &Weight<3>) -> Vec<(String, Values)> {
             let stack = param.val();
             Box::new(move |expert| of_stack(stack.clone(), expert))
         }
-        Held::Constant(packed) => Box::new(|expert| Values::Packed(packed.clone(), expert)),
+        Held::Constant(constant) => Box::new(|expert| Values::Constant(constant.clone(), expert)),
     };
     (0..weight.value().dims()[0]).map(|expert| (of_expert(name, expert), one(expert))).collect()
 }
@@ -126,7 +126,7 @@ impl Values {
     fn write(self, spec: &TensorSpec, dtype: WeightDtype, file: &mut Output) -> Result<(), CheckpointError> {
         let shape = match &self {
             Self::Tensor(tensor) => tensor.shape.to_vec(),
-            Self::Packed(packed, _) => vec![packed.out(), packed.input()],
+            Self::Constant(constant, _) => constant.shape().to_vec(),
             Self::File(rows) => vec![rows.rows(), rows.width()],
         };
         if shape != spec.shape {
@@ -137,10 +137,13 @@ impl Values {
                 let unread = |error| file.wrong(&spec.name, format!("cannot read it back: {error}"));
                 write_data(bridge::into_data(tensor).map_err(unread)?, &spec.name, dtype, file)
             }
-            Self::Packed(packed, matrix) => write_rows(spec, dtype, file, |row, out| {
-                packed.row(matrix, row, out);
-                Ok(())
-            }),
+            Self::Constant(constant, matrix) => {
+                let (packed, matrix) = constant.on_cpu(matrix);
+                write_rows(spec, dtype, file, |row, out| {
+                    packed.row(matrix, row, out);
+                    Ok(())
+                })
+            }
             Self::File(rows) => write_rows(spec, dtype, file, |row, out| rows.read(row, out)),
         }
     }

@@ -3,9 +3,8 @@
 //! A cube of 256 units serves 8 columns of the result (rows of the weight), 32 units to a column; a unit walks K in
 //! vectors 32 apart, so that a column's units read one run of memory together. Partial sums meet in shared memory: two
 //! barriers, no plane operations. Offline: `few_rows` with A in {f32, bf16, f16}, B the weight's element (u32 words when
-//! quantized), S the scales' element (f32 when there are none), Y the result's; vector sizes (NA, NB) = (4, 4) for f32,
-//! (8, 8) for f16 and bf16, (4, 4) for int8 and (8, 4) for int4; `words` 1, or 4 when quantized; `max_rows` in
-//! {1, 2, 4, 8}; cube of 256 units.
+//! quantized), S the scales' element (f32 when there are none), Y the result's; specification and vector sizes by
+//! [`Gemv::new`]; `max_rows` in {1, 2, 4, 8}; cube of 256 units.
 
 use cubecl::prelude::*;
 
@@ -32,6 +31,26 @@ pub struct Gemv {
     pub max_rows: usize,
     /// Vectors of x that one read of the weights serves: 1 for floats, the words of a vector when quantized.
     pub words: usize,
+    /// Whether the numbers of a tile's rows stand in shared memory rather than in registers.
+    pub rows_shared: bool,
+}
+
+impl Gemv {
+    /// The kernel for tiles of at most `max_rows` rows, and the elements of a vector of x and of one of the weights, for a K
+    /// that they divide; `halves` says of x and of the weights whether they are f16 or bf16.
+    ///
+    /// The sums of eight rows need registers, or they would spill (kernels/offline/TABLE.md): floats then come by half as much
+    /// at a time; where quantized weights meet halves, the rows' numbers stand elsewhere.
+    pub fn new(storage: Storage, rows: Rows, store: Store, max_rows: usize, halves: [bool; 2]) -> (Self, usize, usize) {
+        let many = max_rows >= 8;
+        let (x_vector, w_vector, words) = match storage {
+            Storage::Float if halves[1] && !many => (8, 8, 1),
+            Storage::Float => (4, 4, 1),
+            _ => (storage.per_word(), 4, 4),
+        };
+        let rows_shared = many && halves[0] && storage != Storage::Float;
+        (Self { storage, rows, store, max_rows, words, rows_shared }, x_vector, w_vector)
+    }
 }
 
 /// `y[i] = x[i] · W[e]ᵀ` for tiles of at most `max_rows` rows; `y [.., n]`, `x [.., k]`, `W [experts, n, k]`.
@@ -75,22 +94,21 @@ pub fn few_rows<A: Float, B: Numeric, S: Float, Y: Float, NA: Size, NB: Size>(
         count = plan[tile * 3 + 2] as usize;
     }
 
-    // rows of x that this tile reads, in vectors
-    let mut from = Array::<usize>::new(max_rows);
-    #[unroll]
-    for r in 0..max_rows {
-        // a row that is not there repeats the first: it is read from the nearest cache and never written
-        let mut row = start;
-        if r < count {
-            row = start + r;
+    // the rows of x that this tile reads
+    let kept = comptime!(!spec.rows_shared);
+    let mut from = Array::<usize>::new(comptime!(if kept { max_rows } else { 1 }));
+    let mut rows = Shared::<[u32]>::new_slice(comptime!(if kept { 1 } else { max_rows }));
+    if comptime!(kept) {
+        #[unroll]
+        for r in 0..max_rows {
+            from[r] = source(&plan, r, start, count, order, choices, spec) * (k / NA::value());
         }
-        #[comptime]
-        if let ComptimeOption::Some(plan) = &plan {
-            if comptime!(spec.rows == Rows::Gather) {
-                row = plan[order + row] as usize / choices;
-            }
+    } else {
+        if (UNIT_POS as usize) < max_rows {
+            let row = source(&plan, UNIT_POS as usize, start, count, order, choices, spec);
+            rows[UNIT_POS as usize] = row as u32;
         }
-        from[r] = row * (k / NA::value());
+        sync_cube();
     }
 
     let dual = comptime!(spec.store == Store::Gated || spec.store == Store::Both);
@@ -122,7 +140,13 @@ pub fn few_rows<A: Float, B: Numeric, S: Float, Y: Float, NA: Size, NB: Size>(
                 }
                 #[unroll]
                 for r in 0..max_rows {
-                    let xs = Vector::<f32, NA>::cast_from(x[from[r] + step * words + word]);
+                    let mut at = step * words + word;
+                    if comptime!(kept) {
+                        at += from[r];
+                    } else {
+                        at += rows[r] as usize * (k / NA::value());
+                    }
+                    let xs = Vector::<f32, NA>::cast_from(x[at]);
                     #[unroll]
                     for i in 0..NA::value() {
                         sums[r] = fma(xs.extract(i), values.extract(i), sums[r]);
@@ -181,6 +205,31 @@ pub fn few_rows<A: Float, B: Numeric, S: Float, Y: Float, NA: Size, NB: Size>(
             }
         }
     }
+}
+
+/// The row of x behind row `r` of a tile; one that is not there repeats the first: it is read from the nearest cache and
+/// never written.
+#[cube]
+fn source(
+    plan: &ComptimeOption<&[u32]>,
+    r: usize,
+    start: usize,
+    count: usize,
+    order: usize,
+    choices: usize,
+    #[comptime] spec: Gemv,
+) -> usize {
+    let mut row = start;
+    if r < count {
+        row = start + r;
+    }
+    #[comptime]
+    if let ComptimeOption::Some(plan) = plan {
+        if comptime!(spec.rows == Rows::Gather) {
+            row = plan[order + row] as usize / choices;
+        }
+    }
+    row
 }
 
 /// `NA` values along K, in f32: a vector of floats, or word `word` of a vector of words, scaled.

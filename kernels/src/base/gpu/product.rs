@@ -8,6 +8,7 @@ use cubecl::{
 };
 
 use super::{buffer, element, empty, gemv, mma, reduce, tile, vector};
+use crate::base::packed::Format;
 
 /// How a weight matrix lies in memory, `[.., out, in]` in rows.
 ///
@@ -22,7 +23,7 @@ pub enum Storage {
         /// Values that share a scale.
         block: usize,
     },
-    /// Eight values of -7..=7 a word, plus 8.
+    /// Eight values of -8..=7 a word, plus 8.
     Int4 {
         /// Values that share a scale.
         block: usize,
@@ -30,6 +31,15 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// That of a weight's format.
+    pub fn of(format: Format) -> Self {
+        match format {
+            Format::F32 | Format::Bf16 => Storage::Float,
+            Format::Int8 { block } => Storage::Int8 { block },
+            Format::Int4 { block } => Storage::Int4 { block },
+        }
+    }
+
     /// Values in one stored element.
     pub fn per_word(self) -> usize {
         match self {
@@ -306,14 +316,11 @@ impl Product<'_> {
 
     fn launch_few(&self, out: &CubeTensor, max_rows: usize) {
         let storage = self.w.storage;
-        let (x_vector, w_vector, words) = match storage {
-            Storage::Float => {
-                let size = vector(self.k, if self.w.values.dtype == DType::F32 { 4 } else { 8 });
-                (size, size, 1)
-            }
-            _ => (storage.per_word(), 4, 4),
-        };
-        let spec = gemv::Gemv { storage, rows: self.rows, store: self.store, max_rows, words };
+        let halves = [self.x.dtype != DType::F32, self.w.values.dtype != DType::F32];
+        let (spec, mut x_vector, mut w_vector) = gemv::Gemv::new(storage, self.rows, self.store, max_rows, halves);
+        if storage == Storage::Float {
+            (x_vector, w_vector) = (vector(self.k, x_vector), vector(self.k, w_vector));
+        }
         let tiles = self.plan.map_or(1, |p| p.tiles);
         // SAFETY: the kernel reads and writes only rows below m, columns below n and K below k, which the tensors have.
         unsafe {

@@ -161,7 +161,8 @@ pub fn tile_product<A: Float, B: Numeric, S: Float, Y: Float>(
             }
             x_tile[depth * x_pitch + row] = value;
         }
-        #[unroll]
+        // two unpackings at once are enough: with all of them registers spill
+        #[unroll(spec.storage == Storage::Float || !dual)]
         for part in 0..comptime!(width * DEPTH / UNITS) {
             let at = part * UNITS + unit;
             let mut column = at / DEPTH;

@@ -68,11 +68,13 @@ impl Attend {
     /// The largest tiles that the device holds for `total` queries (heads of a group counted apart).
     pub fn fitting(limits: &Limits, dim: usize, group: usize, total: usize, fragments: bool) -> Option<Self> {
         let least = if fragments { FRAGMENT } else { 4 };
-        let team = limits.team(256, fragments);
+        let most = total.next_power_of_two().clamp(least, 64);
+        // Cubes of these sizes: others (256) make ptxas spill for the sake of a few more in flight.
+        let units = if most < 64 { dim.next_power_of_two().max(128) } else { 512 };
+        let team = limits.team(units, fragments);
         if dim == 0 || !dim.is_multiple_of(if fragments { FRAGMENT } else { 8 }) || dim > team.units {
             return None;
         }
-        let most = total.next_power_of_two().clamp(least, 64);
         let sizes = [64, 32, 16, 8, 4].into_iter().filter(move |size| *size >= least);
         sizes
             .clone()
@@ -146,14 +148,30 @@ pub fn load_keys<K: Float, O: Float>(
     #[comptime] dim: usize,
     #[comptime] team: Team,
 ) {
-    let wide = comptime![pitch(dim, team.plane > 0)];
     let start = row * x.stride(0) + kv_head * x.stride(1) + first * x.stride(2);
+    load_run::<K, O>(x, tile, start, x.stride(2), count, keys, dim, team);
+}
+
+/// The tile of `count` keys, the first at element `start` and each `step` behind the one before; 0 behind.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+fn load_run<K: Float, O: Float>(
+    x: &Tensor<K>,
+    tile: &mut Shared<[O]>,
+    start: usize,
+    step: usize,
+    count: usize,
+    #[comptime] keys: usize,
+    #[comptime] dim: usize,
+    #[comptime] team: Team,
+) {
+    let wide = comptime![pitch(dim, team.plane > 0)];
     for cell in range_stepped(UNIT_POS as usize, comptime![keys * dim], team.units) {
         let j = cell / dim;
         let e = cell % dim;
         let mut value = 0.0f32;
         if j < count {
-            value = f32::cast_from(x[start + j * x.stride(2) + e]);
+            value = f32::cast_from(x[start + j * step + e]);
         }
         tile[j * wide + e] = O::cast_from(value);
     }
@@ -299,11 +317,20 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         }
     }
     while block < last_block {
+        // Shape and strides of the block, once for all loops below: fewer numbers to keep for each block.
         let mut length = 0usize;
+        let mut key_start = 0usize;
+        let mut key_step = 0usize;
+        let mut value_start = 0usize;
+        let mut value_step = 0usize;
         #[unroll]
         for b in 0..p.blocks {
             if b == block {
                 length = keys[b].shape(2);
+                key_step = keys[b].stride(2);
+                key_start = row * keys[b].stride(0) + kv_head * keys[b].stride(1) + within * key_step;
+                value_step = values[b].stride(2);
+                value_start = row * values[b].stride(0) + kv_head * values[b].stride(1) + within * value_step;
             }
         }
         if comptime![split] {
@@ -319,7 +346,7 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
             #[unroll]
             for b in 0..p.blocks {
                 if b == block {
-                    load_keys::<K, O>(&keys[b], &mut tile, row, kv_head, within, count, p.keys, p.dim, p.team);
+                    load_run::<K, O>(&keys[b], &mut tile, key_start, key_step, count, p.keys, p.dim, p.team);
                 }
             }
             sync_cube();
@@ -368,11 +395,11 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
                 for b in 0..p.blocks {
                     if b == block {
                         let x = &values[b];
-                        let start = row * x.stride(0) + kv_head * x.stride(1) + column;
+                        let start = value_start + column;
                         for j in range_stepped(lane, p.keys, lanes) {
                             let mut value = 0.0f32;
                             if j < count {
-                                value = f32::cast_from(x[start + (within + j) * x.stride(2)]);
+                                value = f32::cast_from(x[start + j * value_step]);
                                 if !finite(value) {
                                     if at == u32::MAX {
                                         at = (base + within + j) as u32;
@@ -449,8 +476,10 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         }
         within += p.keys;
         if within >= length {
-            base += length;
-            within = 0usize;
+            if comptime![!split] {
+                base += length;
+                within = 0usize;
+            }
             block += 1;
         }
     }

@@ -48,9 +48,10 @@ pub fn takes(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
         })
 }
 
-/// Blocks of keys and values that one launch binds, beside the queries, the outputs and the statistics.
-pub fn pairs(bindings: usize) -> usize {
-    (bindings.saturating_sub(3) / 2).clamp(1, 4)
+/// Blocks of keys and values that one launch binds if there are several, beside the queries, the outputs and the statistics;
+/// fewer without fragments, where more would spill registers.
+pub fn pairs(bindings: usize, fragments: bool) -> usize {
+    (bindings.saturating_sub(3) / 2).clamp(1, if fragments { 4 } else { 2 })
 }
 
 fn attend_for(client: &Client, q: &CubeTensor, keys: &CubeTensor, total: usize) -> (Attend, DType) {
@@ -80,9 +81,11 @@ struct Call<'a> {
 fn launch(call: &Call, keys: &[CubeTensor], values: &[CubeTensor], p: Attend, cubes: usize, from: usize, slot: usize) {
     let Call { q, out, stats, past, operand } = call;
     let [rows, heads, _, _] = q.meta.shape().dims::<4>();
+    // One kernel for any number of blocks: empty ones fill it up.
     let list = |blocks: &[CubeTensor]| {
         let mut list = SequenceArg::new();
         blocks.iter().for_each(|x| list.push(x.clone().into_tensor_arg()));
+        (blocks.len()..p.blocks).for_each(|_| list.push(without_tokens(&blocks[0]).into_tensor_arg()));
         list
     };
     let all: Vec<&CubeTensor> = keys.iter().chain(values).chain([*q, *out, *stats]).collect();
@@ -103,10 +106,18 @@ fn launch(call: &Call, keys: &[CubeTensor], values: &[CubeTensor], p: Attend, cu
             *past as u32,
             from as u32,
             slot as u32,
-            Attend { blocks: keys.len(), ..p },
+            p,
             types,
         );
     }
+}
+
+/// No tokens of a block, in the same buffer.
+fn without_tokens(x: &CubeTensor) -> CubeTensor {
+    let mut none = x.clone();
+    let [rows, heads, _, dim] = x.meta.shape().dims::<4>();
+    none.meta = Box::new(Metadata::new([rows, heads, 0, dim], x.meta.strides().clone()));
+    none
 }
 
 /// `[rows, heads, tokens, dim]` as the one slot of `[1, rows, heads, tokens, dim]`.
@@ -141,8 +152,10 @@ fn forward(
     let kv_heads = keys[0].meta.shape()[1];
     let (p, operand) = attend_for(&q.client, q, &keys[0], heads / kv_heads * tokens);
     let tiles = (p.group * tokens).div_ceil(p.queries);
-    let pairs = pairs(q.client.properties().hardware.max_bindings as usize);
+    let pairs = pairs(q.client.properties().hardware.max_bindings as usize, p.team.plane > 0);
     let longest = lengths.iter().copied().max().unwrap_or(0);
+    // The kernel of one block is for whole texts; few queries take that of several, whose registers suffice.
+    let p = Attend { blocks: if whole && tiles > 1 { 1 } else { pairs }, ..p };
 
     let all: usize = lengths.iter().sum();
     let split = !log_sum && tiles == 1 && kv_heads * rows < BUSY && all > PIECE;
@@ -303,8 +316,8 @@ impl SoftmaxAttentionBackend for CubeBackend {
 mod tests {
     #[test]
     fn launches_bind_what_the_device_allows() {
-        assert_eq!(super::pairs(7), 2);
-        assert_eq!(super::pairs(64), 4);
-        assert_eq!(super::pairs(4), 1);
+        assert_eq!((super::pairs(7, true), super::pairs(7, false)), (2, 2));
+        assert_eq!((super::pairs(64, true), super::pairs(64, false)), (4, 2));
+        assert_eq!(super::pairs(4, true), 1);
     }
 }
