@@ -32,7 +32,7 @@ fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
 fn close<const D: usize>(got: &Tensor<D>, want: &Tensor<D>, limit: f32, what: &str) {
     assert_eq!(got.dims(), want.dims(), "{what}");
     let (got, want) = (values(got), values(want));
-    let scale = (want.iter().map(|x| x * x).sum::<f32>() / want.len().max(1) as f32).sqrt().max(1e-2);
+    let scale = (want.iter().map(|x| x * x).sum::<f32>() / want.len().max(1) as f32).sqrt().max(0.1);
     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
         assert!((g - w).abs() <= limit * scale, "{what}: {g} is not {w} at {i} of {}", want.len());
     }
