@@ -4,6 +4,8 @@
 //! two bf16 that follow each other in K. Lanes are output columns, so that each output element is one sequential chain of
 //! multiply-adds along K, whatever the tile's shape: the bits of a row do not depend on the rows beside it.
 
+use std::mem::MaybeUninit;
+
 use super::simd::{Level, Plain, Vector};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Ymm, Zmm, ZmmBf16};
@@ -314,10 +316,15 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
             rows.data.as_ptr().add(row * rows.stride + place.from)
         });
         let b: [*const f32; N] = std::array::from_fn(|n| b[n]);
-        let mut edge = [[[0.0_f32; 32]; 4]; 12]; // R × N strips, of which the widest has 32 columns
+        // R × N strips, of which the widest has 32 columns; cleared only where it is used, as it is as large as the tile.
+        let mut edge = MaybeUninit::<[[[f32; 32]; 4]; 12]>::uninit();
         let whole = place.columns == N * width;
-        let (start, row_stride, strip_stride) =
-            if whole { (place.start, place.stride, width) } else { (edge.as_mut_ptr().cast::<f32>(), 4 * 32, 32) };
+        let (start, row_stride, strip_stride) = if whole {
+            (place.start, place.stride, width)
+        } else {
+            edge.as_mut_ptr().write_bytes(0, 1);
+            (edge.as_mut_ptr().cast::<f32>(), 4 * 32, 32)
+        };
         if !whole && place.add {
             for r in 0..R {
                 for j in 0..place.columns {
