@@ -13,7 +13,7 @@ parser.add_argument("--models", required=True)
 parser.add_argument("--libraries", required=True, help="folder with llama.cpp's libraries")
 parser.add_argument("--results", required=True)
 parser.add_argument("--repetitions", default="3")
-parser.add_argument("--only", default="", help="comma-separated words; a case must have one of them in its name")
+parser.add_argument("--only", default="", help="comma-separated words; a case must have one of them in its name, or end with it if a $ follows")
 parser.add_argument("--engines", default="m1,llama,hf")
 a = parser.parse_args()
 
@@ -61,7 +61,10 @@ def ours(tests):
 
 
 words = [word for word in a.only.split(",") if word]
-wanted = lambda name: not words or any(word in name for word in words)
+matches = lambda word, name: name.endswith(word[:-1]) if word.endswith("$") else word in name
+wanted = lambda name: not words or any(matches(word, name) for word in words)
+
+
 def limits(tests):
     """What the machine can do now: on a shared host that changes from minute to minute."""
     lines = run([os.path.join(a.models, "machine")], {})

@@ -117,7 +117,7 @@ def train(a):
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=1e-15, fused=True)
     batch, tokens = map(int, a.tests.split("x"))
     seconds, losses = [], []
-    for _ in range(a.repetitions + 1):
+    for _ in range(a.repetitions + 2):
         ids = torch.randint(0, c["vocab_size"], (batch, tokens))
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -128,7 +128,7 @@ def train(a):
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    emit(about(a), [result(f"train {a.tests}", batch * tokens, seconds[1:], losses=losses, peak_bytes=peak)])
+    emit(about(a), [result(f"train {a.tests}", batch * tokens, seconds[2:], losses=losses, peak_bytes=peak)])
 
 
 def logits(a):

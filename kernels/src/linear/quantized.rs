@@ -94,11 +94,13 @@ impl Quantized {
     }
 
     /// Whether the kernels can index so many weights.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))] // for the kernels
     pub(crate) fn indexable(&self) -> bool {
         indexable(&self.dims())
     }
 
     /// The words `[count · out, in / values of a word]` and the scales `[count · out, in / block]`.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))] // for the kernels
     pub(crate) fn parts(&self) -> (Tensor<2, Int>, Tensor<2>) {
         (self.words.clone(), self.scales.clone())
     }

@@ -125,7 +125,10 @@ fn on_cube(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     return cube::takes(q, blocks);
     #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
-    false
+    {
+        let _ = (q, blocks);
+        false
+    }
 }
 
 /// Attends queries to all keys at or before their own position.

@@ -27,6 +27,8 @@ use crate::trainer::Trainer;
 
 /// Small enough that random ids do no harm to the weights in any number of steps.
 const LEARNING_RATE: f64 = 1e-5;
+/// Steps that are not counted: the memory of a run grows until the second has ended.
+const WARM_UP: u64 = 2;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -94,16 +96,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let stop = pretrain::stop_on_signal("stopping after this step; once more to leave at once")?;
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
-    for step in 0..=args.repetitions {
+    for step in 1..=WARM_UP + args.repetitions {
         let examples = examples();
         let start = Instant::now();
         losses.push(trainer.step(&examples, LEARNING_RATE)?.loss);
         let taken = start.elapsed().as_secs_f64();
         let rate = (batch * tokens) as f64 / taken;
-        if step == 0 {
-            eprintln!("warm-up: {rate:.1} t/s, loss {:.4}", losses[0]);
+        if step <= WARM_UP {
+            eprintln!("warm-up: {rate:.1} t/s, loss {:.4}", losses[losses.len() - 1]);
         } else {
-            eprintln!("{step}/{}: {rate:.1} t/s, loss {:.4}", args.repetitions, losses[losses.len() - 1]);
+            eprintln!("{}/{}: {rate:.1} t/s, loss {:.4}", step - WARM_UP, args.repetitions, losses[losses.len() - 1]);
             seconds.push(taken);
         }
         if stop.load(Ordering::Relaxed) {
