@@ -400,10 +400,10 @@ fn quantized_experts_equal_the_reference() {
             let choices: std::sync::Arc<[u32]> = choices(tokens, count, k, crowd).into();
             let (x, shares) = (random([tokens, hidden]), random([tokens, k]).abs());
             let weights = ExpertsWeights { w1: w1.1.into(), w2: w2.1.into(), w3: w3.1.into() };
-            let routing = Routing { choices: choices.clone(), shares: shares.clone() };
+            let routing = Routing { choices: choices.clone().into(), shares: shares.clone() };
             let want = experts::reference::experts(x.clone(), &routing, &weights);
             let weights = ExpertsWeights { w1: w1.0.into(), w2: w2.0.into(), w3: w3.0.into() };
-            let routing = Routing { choices, shares: to(&shares, &device) };
+            let routing = Routing { choices: choices.into(), shares: to(&shares, &device) };
             let got = experts::experts(to(&x, &device), &routing, &weights);
             close(&format!("{format:?}, experts of {tokens} tokens"), &got, &want, 1e-4);
             let mut broken = values(&x);
@@ -414,4 +414,61 @@ fn quantized_experts_equal_the_reference() {
             }
         }
     }
+}
+
+/// Few tokens: the choice stays on the device, and is that of the host.
+#[test]
+fn experts_chosen_on_the_device_are_those_of_the_host() {
+    let Some(device) = wgpu() else { return };
+    for (tokens, count, k) in
+        [(1, 1, 1), (1, 32, 2), (2, 5, 2), (3, 8, 3), (7, 3, 2), (8, 256, 16), (8, 4, 4), (9, 8, 2), (8, 257, 2)]
+    {
+        let name = format!("{tokens} tokens, {k} of {count}");
+        let mut logits = values(&random([tokens, count]));
+        // equal logits, and in the last of several rows NaN
+        logits[count - 1] = logits[0];
+        if tokens > 2 {
+            logits[(tokens - 1) * count + count / 2] = f32::NAN;
+        }
+        let logits = Tensor::<2>::from_data(TensorData::new(logits, [tokens, count]), &Device::flex());
+        let (want, got) = (experts::route(logits.clone(), k, None), experts::route(to(&logits, &device), k, None));
+        assert_eq!(got.choices.host(), want.choices.host(), "{name}");
+        assert_eq!(got.choices.len(), tokens * k);
+        close(&name, &got.shares, &want.shares, 1e-6);
+
+        let (hidden, ffn) = (64, 32);
+        let x = random([tokens, hidden]);
+        let w = [[count, ffn, hidden], [count, hidden, ffn], [count, ffn, hidden]].map(|dims| random(dims) * 0.1);
+        let weights = |device: &Device| {
+            let [w1, w2, w3] = w.each_ref().map(|w| linear::Weight::from(to(w, device)));
+            ExpertsWeights { w1, w2, w3 }
+        };
+        let want_y = experts::reference::experts(x.clone(), &want, &weights(&Device::flex()));
+        close(&name, &experts::experts(to(&x, &device), &got, &weights(&device)), &want_y, 1e-4);
+
+        let format = Format::Int8 { block: 32 };
+        let [w1, w2, w3] = [[count, ffn, hidden], [count, hidden, ffn], [count, ffn, hidden]]
+            .map(|dims| quantized(format, dims, &device));
+        let stored = ExpertsWeights { w1: w1.0.into(), w2: w2.0.into(), w3: w3.0.into() };
+        let dense = ExpertsWeights { w1: w1.1.into(), w2: w2.1.into(), w3: w3.1.into() };
+        let want_y = experts::reference::experts(x.clone(), &want, &dense);
+        close(&name, &experts::experts(to(&x, &device), &got, &stored), &want_y, 1e-4);
+    }
+}
+
+/// What a device chose can be read where the weights want the host's list.
+#[test]
+fn a_choice_of_the_device_is_read_for_a_gradient() {
+    let Some(device) = wgpu() else { return };
+    let (hidden, ffn, count) = (8, 6, 4);
+    let logits = random([2, count]);
+    let routing = experts::route(to(&logits, &device), 2, None);
+    let w = [[count, ffn, hidden], [count, hidden, ffn], [count, ffn, hidden]].map(random);
+    let tracked = device.clone().autodiff();
+    let x = to(&random([2, hidden]), &tracked).require_grad();
+    let [w1, w2, w3] = w.each_ref().map(|w| linear::Weight::from(to(w, &tracked)));
+    let routing = Routing { choices: routing.choices, shares: to(&routing.shares, &tracked) };
+    let y = experts::experts(x.clone(), &routing, &ExpertsWeights { w1, w2, w3 });
+    let gradient = x.grad(&y.sum().backward()).unwrap();
+    assert!(values(&gradient).iter().all(|g| g.is_finite()) && values(&gradient).iter().any(|g| *g != 0.0));
 }

@@ -56,13 +56,15 @@ impl Batch {
         self.rows.iter().map(Vec::len).sum()
     }
 
-    /// Where the wanted tokens stand among all tokens laid row after row; `None` when all are wanted.
+    /// Where the wanted tokens stand among all tokens laid row after row; `None` when all are wanted, as in a step of
+    /// decoding.
     pub(crate) fn wanted(&self) -> Option<Vec<usize>> {
         let mut start = 0;
         let mut wanted = Vec::new();
         for (i, row) in self.rows.iter().enumerate() {
             match &self.outputs {
                 Outputs::All => return None,
+                Outputs::Last if self.rows.iter().all(|row| row.len() == 1) => return None,
                 Outputs::None => {}
                 Outputs::Last if row.is_empty() => {}
                 Outputs::Last => wanted.push(start + row.len() - 1),

@@ -5,13 +5,23 @@
 //! block with its origin. A lightning state can't be trimmed: going back needs a snapshot taken there.
 
 use burn::tensor::{DType, Device, Tensor};
+use m1_kernels::base::on_cpu;
 use m1_kernels::softmax_attention::KeyValues;
 
 use crate::batch::ints;
 use crate::config::{AttentionKind, ModelConfig};
 
-/// Tokens per block of keys and values.
+/// Tokens of a row's first block of keys and values, and on the CPU of every block.
 pub const BLOCK: usize = 256;
+
+/// Tokens of the largest block on other devices, where each launch takes only a few blocks.
+pub const LARGEST_BLOCK: usize = 4096;
+
+/// Tokens of the block that begins at position `start`, a multiple of [`BLOCK`]: as many as lie before it, within bounds.
+/// So a text fills at least half of what is held for it, and every block begins at a multiple of its size.
+fn block_at(start: usize, largest: usize) -> usize {
+    start.clamp(BLOCK, largest)
+}
 
 /// Why a cache can't go where it was sent.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -31,17 +41,21 @@ pub enum CacheError {
     },
 }
 
-/// Keys and values of one row in one softmax layer, in blocks of [`BLOCK`] tokens; the last one is filled in place.
+/// Keys and values of one row in one softmax layer, in blocks that double from [`BLOCK`] tokens to the largest of the
+/// device; the last one is filled in place.
 #[derive(Debug, Clone)]
 pub struct KvRow {
     blocks: Vec<(Tensor<3>, Tensor<3>)>,
     len: usize,
+    /// Tokens that all blocks have room for.
+    room: usize,
     dtype: DType,
+    largest: usize,
 }
 
 impl KvRow {
-    fn new(dtype: DType) -> Self {
-        Self { blocks: Vec::new(), len: 0, dtype }
+    fn new(dtype: DType, largest: usize) -> Self {
+        Self { blocks: Vec::new(), len: 0, room: 0, dtype, largest }
     }
 
     /// Tokens held.
@@ -59,18 +73,20 @@ impl KvRow {
         let [heads, tokens, dim] = keys.dims();
         let mut taken = 0;
         while taken < tokens {
-            let used = self.len % BLOCK;
-            if used == 0 {
-                let block = || Tensor::zeros([heads, BLOCK, dim], (&keys.device(), self.dtype));
+            if self.len == self.room {
+                let size = block_at(self.len, self.largest);
+                let block = || Tensor::zeros([heads, size, dim], (&keys.device(), self.dtype));
                 self.blocks.push((block(), block()));
+                self.room += size;
             }
-            let n = (BLOCK - used).min(tokens - taken);
+            let n = (self.room - self.len).min(tokens - taken);
             let part = |x: &Tensor<3>| {
                 let part = x.clone().narrow(1, taken, n);
                 if part.dtype() == self.dtype { part } else { part.cast(self.dtype) }
             };
             // Taken out of the list so that its buffer has one owner and is written in place.
             if let Some((k, v)) = self.blocks.pop() {
+                let used = self.len + k.dims()[1] - self.room;
                 let at = [0..heads, used..used + n, 0..dim];
                 self.blocks.push((k.slice_assign(at.clone(), part(&keys)), v.slice_assign(at, part(&values))));
             }
@@ -81,14 +97,16 @@ impl KvRow {
 
     /// All blocks, cut to the tokens held.
     pub fn blocks(&self) -> Vec<KeyValues> {
+        let mut left = self.len;
         self.blocks
             .iter()
-            .enumerate()
-            .map(|(i, (keys, values))| {
-                let used = BLOCK.min(self.len - i * BLOCK);
+            .map(|(keys, values)| {
+                let size = keys.dims()[1];
+                let used = size.min(left);
+                left -= used;
                 let cut = |x: &Tensor<3>| {
                     let x = x.clone().unsqueeze_dim::<4>(0);
-                    if used == BLOCK { x } else { x.narrow(2, 0, used) }
+                    if used == size { x } else { x.narrow(2, 0, used) }
                 };
                 KeyValues { keys: cut(keys), values: cut(values) }
             })
@@ -138,6 +156,7 @@ pub struct Cache {
     head_dim: usize,
     kv_dtype: DType,
     device: Device,
+    largest_block: usize,
 }
 
 impl Cache {
@@ -155,11 +174,12 @@ impl Cache {
             head_dim: config.head_dim,
             kv_dtype,
             device: device.clone(),
+            largest_block: if on_cpu(&Tensor::<1>::zeros([1], device)) { BLOCK } else { LARGEST_BLOCK },
         };
         for layer in 0..config.num_hidden_layers {
             cache.layers.push(match config.kind(layer) {
                 AttentionKind::Lightning => LayerCache::Lightning(cache.zero_state(rows)),
-                AttentionKind::Softmax => LayerCache::Softmax(vec![KvRow::new(kv_dtype); rows]),
+                AttentionKind::Softmax => LayerCache::Softmax(vec![KvRow::new(kv_dtype, cache.largest_block); rows]),
             });
         }
         cache
@@ -270,7 +290,7 @@ impl Cache {
             match layer {
                 LayerCache::Lightning(state) if none => *state = zero.clone(),
                 LayerCache::Lightning(state) => *state = Tensor::cat(vec![state.clone(), zero.clone()], 0),
-                LayerCache::Softmax(rows) => rows.push(KvRow::new(self.kv_dtype)),
+                LayerCache::Softmax(rows) => rows.push(KvRow::new(self.kv_dtype, self.largest_block)),
             }
         }
         self.tokens.push(Vec::new());
@@ -322,6 +342,56 @@ impl Cache {
     pub(crate) fn advance(&mut self, rows: &[Vec<u32>]) {
         for (tokens, new) in self.tokens.iter_mut().zip(rows) {
             tokens.extend_from_slice(new);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Distribution;
+
+    #[test]
+    fn blocks_double_up_to_the_largest() {
+        let sizes = |largest| {
+            let mut start = 0;
+            std::iter::from_fn(move || {
+                let size = block_at(start, largest);
+                assert_eq!(start % size, 0);
+                start += size;
+                Some(size)
+            })
+        };
+        assert_eq!(sizes(BLOCK).take(3).collect::<Vec<_>>(), [256; 3]);
+        let wanted = [256, 256, 512, 1024, 2048, 4096, 4096, 4096];
+        assert_eq!(sizes(LARGEST_BLOCK).take(8).collect::<Vec<_>>(), wanted);
+    }
+
+    #[test]
+    fn what_is_appended_comes_back_from_blocks_of_any_size() {
+        let device = Device::flex();
+        for largest in [BLOCK, 2 * BLOCK, LARGEST_BLOCK] {
+            let all = Tensor::<3>::random([2, 1300, 3], Distribution::Normal(0.0, 1.0), &device);
+            let mut row = KvRow::new(DType::F32, largest);
+            let mut snapshot = row.clone();
+            let mut at = 0;
+            for n in [1, 254, 1, 1, 300, 211, 500, 32] {
+                let part = all.clone().narrow(1, at, n);
+                row.append(part.clone(), part * 2.0);
+                at += n;
+                if at == 557 {
+                    snapshot = row.clone();
+                }
+            }
+            assert_eq!((at, row.len()), (1300, 1300));
+            for (row, len) in [(&row, 1300), (&snapshot, 557)] {
+                let blocks = row.blocks();
+                let keys = Tensor::cat(blocks.iter().map(|b| b.keys.clone()).collect(), 2).squeeze_dim::<3>(0);
+                let values = Tensor::cat(blocks.iter().map(|b| b.values.clone()).collect(), 2).squeeze_dim::<3>(0);
+                let wanted = all.clone().narrow(1, 0, len);
+                assert_eq!(keys.into_data(), wanted.clone().into_data());
+                assert_eq!(values.into_data(), (wanted * 2.0).into_data());
+            }
         }
     }
 }

@@ -86,6 +86,6 @@ impl SoftmaxAttention {
                 Tensor::cat(vec![o, padding], 2)
             });
         }
-        Tensor::cat(outputs, 0)
+        if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) }
     }
 }

@@ -1,6 +1,7 @@
 //! What training and tests want to see of a forward pass, and may put in.
 
 use burn::tensor::Tensor;
+use m1_kernels::experts::Choices;
 
 /// Collects router decisions and hidden states, or replays earlier decisions. `Trace::none()` costs nothing.
 #[derive(Debug, Default, Clone)]
@@ -43,10 +44,10 @@ impl Trace {
         self.replay.as_ref().map(|layers| layers[layer].as_slice())
     }
 
-    pub(crate) fn saw_router(&mut self, logits: &Tensor<2>, choices: &[u32]) {
+    pub(crate) fn saw_router(&mut self, logits: &Tensor<2>, choices: &Choices) {
         if self.want_router {
             self.router_logits.push(logits.clone());
-            self.choices.push(choices.to_vec());
+            self.choices.push(choices.host().to_vec());
         }
     }
 

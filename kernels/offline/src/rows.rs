@@ -194,6 +194,22 @@ pub fn entries() -> Vec<Entry> {
         if kind != FloatKind::F32 {
             continue;
         }
+        let definition = move || {
+            experts::route::route_kernel::RouteKernel::new(
+                settings(UNITS, 1),
+                properties(),
+                target(),
+                BUFFER,
+                BUFFER,
+                BUFFER,
+                (),
+                (),
+                (),
+                (),
+            )
+            .define()
+        };
+        add("route_kernel", "32 experts", Box::new(definition));
         for (name, first, last) in
             [("first", true, false), ("middle", false, false), ("last", false, true), ("only", true, true)]
         {

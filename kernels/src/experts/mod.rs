@@ -32,11 +32,69 @@ pub struct ExpertsWeights {
     pub w3: Weight<3>,
 }
 
+/// The expert of every slot `token · k + rank`, best first: on the host, or still on the device that chose.
+#[derive(Debug, Clone)]
+pub struct Choices(Made);
+
+#[derive(Debug, Clone)]
+enum Made {
+    OnHost(Arc<[u32]>),
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    OnDevice(cube::route::OnDevice),
+}
+
+impl Choices {
+    /// Slots.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Made::OnHost(choices) => choices.len(),
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            Made::OnDevice(plan) => plan.layout().slots(),
+        }
+    }
+
+    /// Whether there are no slots.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// On the host, where a device is read for them.
+    ///
+    /// # Panics
+    /// If the device can't be read.
+    pub fn host(&self) -> Arc<[u32]> {
+        match &self.0 {
+            Made::OnHost(choices) => choices.clone(),
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            Made::OnDevice(plan) => plan.read().into(),
+        }
+    }
+
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    fn chosen(plan: cube::route::OnDevice) -> Self {
+        Self(Made::OnDevice(plan))
+    }
+
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    fn on_device(&self) -> Option<&cube::route::OnDevice> {
+        match &self.0 {
+            Made::OnHost(_) => None,
+            Made::OnDevice(plan) => Some(plan),
+        }
+    }
+}
+
+impl<T: Into<Arc<[u32]>>> From<T> for Choices {
+    fn from(choices: T) -> Self {
+        Self(Made::OnHost(choices.into()))
+    }
+}
+
 /// Which experts each token goes to, and how much of each.
 #[derive(Debug, Clone)]
 pub struct Routing {
     /// Expert of slot `token · k + rank`, best first.
-    pub choices: Arc<[u32]>,
+    pub choices: Choices,
     /// `[tokens, k]`, f32: the chosen probabilities divided by their sum.
     pub shares: Tensor<2>,
 }
@@ -110,7 +168,8 @@ pub trait ExpertsBackend: Backend {
 
 /// Chooses the `k` most probable experts of each token (ties: the lower number), or takes `replay`'s choices.
 ///
-/// `logits [tokens, experts]`, f32. The gradient flows through the shares, not through the choice.
+/// `logits [tokens, experts]`, f32. The gradient flows through the shares, not through the choice. For few tokens on a device
+/// without autodiff the choice stays there.
 ///
 /// # Panics
 /// If `k` is more than there are experts, or `replay` has another length than `tokens · k` or names an expert that is
@@ -118,7 +177,15 @@ pub trait ExpertsBackend: Backend {
 pub fn route(logits: Tensor<2>, k: usize, replay: Option<&[u32]>) -> Routing {
     let [tokens, experts] = logits.dims();
     assert!(k <= experts, "{k} experts a token were asked for, and there are {experts}");
-    let probabilities = softmax(cast(logits, DType::F32), 1);
+    let logits = cast(logits, DType::F32);
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if replay.is_none() && on_cube(&logits) && !logits.device().is_autodiff() && cube::route::fits(tokens, experts, k) {
+        return cube::route::route(logits, k);
+    }
+    if on_cpu(&logits) && !logits.device().is_autodiff() && replay.is_none() && tokens * k > 0 {
+        return route_on_host(logits, k);
+    }
+    let probabilities = softmax(logits, 1);
     let choices: Arc<[u32]> = match replay {
         Some(choices) => {
             assert_eq!(choices.len(), tokens * k, "routing needs {k} experts for each of {tokens} tokens");
@@ -131,13 +198,33 @@ pub fn route(logits: Tensor<2>, k: usize, replay: Option<&[u32]>) -> Routing {
     };
     check(&choices, k, experts);
     if tokens * k == 0 {
-        return Routing { choices, shares: Tensor::zeros([tokens, k], &probabilities.device()) };
+        return Routing { choices: choices.into(), shares: Tensor::zeros([tokens, k], &probabilities.device()) };
     }
     let indices: Vec<i32> = choices.iter().map(|&e| e as i32).collect();
     let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &probabilities.device());
     let chosen = probabilities.gather(1, indices);
     let shares = chosen.clone() / chosen.sum_dim(1);
-    Routing { choices, shares }
+    Routing { choices: choices.into(), shares }
+}
+
+/// [`route`] without tensor operations, of which a decode step would pay for eight a layer.
+fn route_on_host(logits: Tensor<2>, k: usize) -> Routing {
+    let ([tokens, experts], device) = (logits.dims(), logits.device());
+    let mut p: Vec<f32> = logits.try_into_vec_as().expect("f32 logits read back");
+    for row in p.chunks_exact_mut(experts) {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        row.iter_mut().for_each(|p| *p = (*p - most).exp());
+        let sum: f32 = row.iter().sum();
+        row.iter_mut().for_each(|p| *p /= sum);
+    }
+    let choices = choose(&p, experts, k);
+    let mut shares = Vec::with_capacity(tokens * k);
+    for (row, choices) in p.chunks_exact(experts).zip(choices.chunks_exact(k)) {
+        let chosen = choices.iter().map(|&e| row[e as usize]);
+        let sum: f32 = chosen.clone().sum();
+        shares.extend(chosen.map(|p| p / sum));
+    }
+    Routing { choices: choices.into(), shares: Tensor::from_data(TensorData::new(shares, [tokens, k]), &device) }
 }
 
 /// The `k` largest of each row of `probabilities [tokens, experts]`, best first; the earlier of equals. NaN counts as
@@ -185,7 +272,9 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
     assert_eq!(weights.w2.dims(), [count, hidden, ffn], "w2 is [experts, hidden, ffn]");
     assert_eq!(weights.w3.dims(), [count, ffn, hidden], "w3 is [experts, ffn, hidden]");
     assert_eq!((rows, routing.choices.len()), (tokens, tokens * k), "the routing is of other tokens");
-    check(&routing.choices, k, count);
+    if let Made::OnHost(choices) = &routing.choices.0 {
+        check(choices, k, count);
+    }
     if !slots_fit(tokens, k) {
         panic!("{tokens} tokens × {k} experts are more slots than an index of 32 bits has");
     }
@@ -200,7 +289,7 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
                 w1.clone(),
                 w2.clone(),
                 w3.clone(),
-                routing.choices.clone(),
+                routing.choices.host(),
             ))
         }
         (Weight::Tensor(w1), Weight::Tensor(w2), Weight::Tensor(w3))
@@ -212,20 +301,26 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
                 w1.clone().into_dispatch(),
                 w2.clone().into_dispatch(),
                 w3.clone().into_dispatch(),
-                routing.choices.clone(),
+                routing.choices.host(),
             ))
         }
         (Weight::Tensor(w1), Weight::Tensor(w2), Weight::Tensor(w3))
             if [w1, w2, w3].into_iter().all(|w| on_cube(w) && w.dtype() == w1.dtype())
                 && device::indexable(&[tokens, k, hidden.max(2 * ffn)]) =>
         {
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            if let Some(plan) = routing.choices.on_device()
+                && ![&x.device(), &w1.device(), &routing.shares.device()].into_iter().any(|d| d.is_autodiff())
+            {
+                return cube::experts_routed(x, routing, plan, [w1, w2, w3]);
+            }
             Tensor::from_dispatch(<Dispatch as ExpertsBackend>::experts(
                 cast(x, w1.dtype()).into_dispatch(),
                 cast(routing.shares.clone(), DType::F32).into_dispatch(),
                 w1.clone().into_dispatch(),
                 w2.clone().into_dispatch(),
                 w3.clone().into_dispatch(),
-                routing.choices.clone(),
+                routing.choices.host(),
             ))
         }
         #[cfg(any(feature = "wgpu", feature = "cuda"))]

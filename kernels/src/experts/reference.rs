@@ -23,7 +23,7 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
     }
 
     let mut slots: Vec<Vec<usize>> = vec![Vec::new(); count];
-    for (slot, &expert) in routing.choices.iter().enumerate() {
+    for (slot, &expert) in routing.choices.host().iter().enumerate() {
         slots[expert as usize].push(slot);
     }
     let mut outputs = Vec::new();
@@ -71,7 +71,7 @@ mod tests {
             let routing = route(plain(tokens, count), k, None);
             let shares = routing.shares.clone().try_into_vec_as::<f32>().unwrap();
             let mut dense = vec![0f32; tokens * count];
-            for (slot, &e) in routing.choices.iter().enumerate() {
+            for (slot, &e) in routing.choices.host().iter().enumerate() {
                 dense[slot / k * count + e as usize] = shares[slot];
             }
             let mut expected = Tensor::<2>::zeros([tokens, hidden], &device);

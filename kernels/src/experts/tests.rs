@@ -61,7 +61,7 @@ impl Case {
     fn alone(&self, t: usize) -> (Tensor<2>, Routing) {
         let [_, k] = self.routing.shares.dims();
         let routing = Routing {
-            choices: self.routing.choices[t * k..][..k].into(),
+            choices: self.routing.choices.host()[t * k..][..k].to_vec().into(),
             shares: self.routing.shares.clone().narrow(0, t, 1),
         };
         (self.x.clone().narrow(0, t, 1), routing)
@@ -212,7 +212,7 @@ fn the_backward_without_what_was_kept() {
         let d_y = flex(random([size.0, size.3], 9, &Device::flex()).into_data());
         let (x, shares) = (flex(case.x.clone().into_data()), flex(case.routing.shares.clone().into_data()));
         let [w1, w2, w3] = case.w.clone().map(|w| flex(w.into_data()));
-        let all = || (x.clone(), shares.clone(), w1.clone(), w2.clone(), w3.clone(), case.routing.choices.clone());
+        let all = || (x.clone(), shares.clone(), w1.clone(), w2.clone(), w3.clone(), case.routing.choices.host());
         let (a, b, c, d, e, choices) = all();
         let (_, gate, up) = Flex::experts_saving(a, b, c, d, e, choices);
         let (a, b, c, d, e, choices) = all();
@@ -231,7 +231,7 @@ fn gradients_of_experts_that_nobody_chose_are_zero() {
     let [_, _, w1, w2, w3] = gradients(size, true, |x| x);
     for w in [w1, w2, w3] {
         for (e, own) in values(w).chunks(24 * 20).enumerate() {
-            let chosen = case.routing.choices.contains(&(e as u32));
+            let chosen = case.routing.choices.host().contains(&(e as u32));
             assert_eq!(own.iter().any(|&d| d != 0.0), chosen, "expert {e}");
         }
     }
@@ -302,4 +302,23 @@ fn replay_of_an_expert_that_is_not_there() {
 #[should_panic(expected = "routing needs 2 experts for each of 2 tokens")]
 fn replay_of_another_length() {
     route(Tensor::zeros([2, 4], &Device::flex()), 2, Some(&[0, 3, 1]));
+}
+
+#[test]
+fn the_host_routes_as_the_tensors_do() {
+    let device = Device::flex();
+    for (tokens, count, k) in [(1, 1, 1), (1, 32, 2), (7, 5, 5), (40, 8, 2)] {
+        let mut logits = values(random::<2>([tokens, count], 3, &device) * 9.0);
+        logits[count - 1] = logits[0];
+        if tokens > 1 {
+            logits[(tokens - 1) * count] = f32::NAN;
+        }
+        let logits = Tensor::<2>::from_data(TensorData::new(logits, [tokens, count]), &device);
+        let got = route(logits.clone(), k, None);
+        let want = route(Tensor::from_data(logits.into_data(), &device.clone().autodiff()), k, None);
+        assert_eq!(got.choices.host(), want.choices.host(), "{k} of {count}");
+        for (got, want) in values(got.shares).into_iter().zip(values(want.shares)) {
+            assert!((got - want).abs() < 1e-6 || (got.is_nan() && want.is_nan()), "{got} for {want}");
+        }
+    }
 }

@@ -120,7 +120,12 @@ pub fn few_rows<A: Float, B: Numeric, S: Float, Y: Float, NA: Size, NB: Size>(
         sums2[r] = 0.0f32;
     }
 
-    if column < n {
+    // a tile without rows reads no weights; only a device's own plan has such, and it takes no gradient
+    let mut wanted = column < n;
+    if comptime!(spec.store != Store::Both) {
+        wanted = wanted && count > 0;
+    }
+    if wanted {
         let words = comptime!(spec.words);
         let steps = k / (NA::value() * words);
         let line = (expert * n + column) * steps;

@@ -240,6 +240,20 @@ impl Plan {
         Self { buffer, tiles, table_at: 3 * tiles, order_at: 3 * (tiles + table), tile_rows, experts, choices: k }
     }
 
+    /// A plan that a kernel wrote: tiles, which may have no rows, and the order at `order_at`. There is no table of experts,
+    /// which only [`Outer`] asks for.
+    pub(crate) fn on_device(
+        buffer: CubeTensor,
+        tiles: usize,
+        order_at: usize,
+        tile_rows: usize,
+        experts: usize,
+        k: usize,
+    ) -> Self {
+        debug_assert!(tile_rows <= FEW_ROWS, "only the kernel of few rows passes over a tile without rows");
+        Self { buffer, tiles, table_at: usize::MAX, order_at, tile_rows, experts, choices: k }
+    }
+
     /// The buffer as a launch argument.
     pub fn argument(&self) -> BufferArg {
         buffer(&self.buffer)

@@ -4,6 +4,7 @@
 //! experts alone, so that one token reads exactly k experts' weights. Forward: `w1` and `w3` with `silu · mul` in one
 //! launch, `w2` times the share into a row for each slot, and the sum of a token's slots in the order of their ranks:
 //! three launches, and the same bits however the tokens are grouped by chance. Backward forms `w1·x` and `w3·x` again.
+//! For few tokens [`mod@route`] chooses and groups on the device, and the host neither reads nor uploads anything.
 //! Offline: the products of `base::gpu` with `Rows::Gather` and `Rows::Scatter` and a plan; here `sum_slots`, `weigh` and
 //! `slopes` with F in {f32, bf16, f16}, cubes of 256 units.
 
@@ -22,6 +23,8 @@ use burn::{
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::*;
 
+pub mod route;
+
 use super::{ExpertsBackend, Routing};
 use crate::base::gpu::{
     buffer, cube_sum, element, empty,
@@ -31,6 +34,7 @@ use crate::base::gpu::{
 use crate::base::packed::Packed;
 use crate::cast;
 use crate::linear::Quantized;
+use route::{Layout, OnDevice};
 
 const UNITS: usize = 256;
 
@@ -132,9 +136,8 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(x: &CubeTensor, experts: usize, ffn: usize, choices: &[u32]) -> Self {
+    fn new(x: &CubeTensor, experts: usize, ffn: usize, slots: usize) -> Self {
         let [tokens, hidden] = x.shape().dims();
-        let slots = choices.len();
         Self { tokens, hidden, ffn, experts, slots, k: slots.checked_div(tokens).unwrap_or(1) }
     }
 }
@@ -145,13 +148,13 @@ fn forward(
     shares: &CubeTensor,
     [w1, w2, w3]: [&Stored; 3],
     sizes: &Sizes,
-    choices: &[u32],
+    plan: impl FnOnce() -> Plan,
 ) -> CubeTensor {
-    let Sizes { tokens, hidden, ffn, slots, k, .. } = *sizes;
+    let Sizes { tokens, hidden, ffn, slots, .. } = *sizes;
     if slots == 0 || hidden == 0 {
         return zeros(x, Shape::from([tokens, hidden]), x.dtype);
     }
-    let plan = Plan::new(x, choices, k, sizes.experts);
+    let plan = plan();
     let h = Product {
         x,
         w: w1,
@@ -208,14 +211,14 @@ type T = FloatTensor<CubeBackend>;
 
 impl ExpertsBackend for CubeBackend {
     fn experts(x: T, shares: T, w1: T, w2: T, w3: T, choices: Arc<[u32]>) -> T {
-        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], &choices);
+        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], choices.len());
         let (x, shares) = (rows(x), rows(shares));
         let [w1, w2, w3] = [w1, w2, w3].map(Stored::float);
-        forward(&x, &shares, [&w1, &w2, &w3], &sizes, &choices)
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, || Plan::new(&x, &choices, sizes.k, sizes.experts))
     }
 
     fn experts_backward(x: T, shares: T, w1: T, w2: T, w3: T, d_y: T, choices: Arc<[u32]>) -> (T, T, T, T, T) {
-        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], &choices);
+        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], choices.len());
         let Sizes { hidden, ffn, slots, k, .. } = sizes;
         if slots == 0 || hidden == 0 || ffn == 0 {
             let [x, shares, w1, w2, w3] = [x, shares, w1, w2, w3].map(|t| zeros(&t, t.shape(), t.dtype));
@@ -295,9 +298,20 @@ impl ExpertsBackend for CubeBackend {
     }
 }
 
-/// Experts whose weights are quantized: constants, and only a device's.
+/// What only a device has: weights that are quantized, constants, and choices that it made itself.
 #[backend_extension(Cube)]
-pub trait ExpertsQuantizedBackend: Backend {
+pub trait ExpertsOnDeviceBackend: Backend {
+    /// As [`ExpertsBackend::experts`], from the device's own plan.
+    fn experts_routed(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: FloatTensor<Self>,
+        w2: FloatTensor<Self>,
+        w3: FloatTensor<Self>,
+        plan: IntTensor<Self>,
+        layout: Layout,
+    ) -> FloatTensor<Self>;
+
     /// As [`ExpertsBackend::experts`], in the dtype of `x`, from the words and scales of `w1`, `w2`, `w3`: `[experts · out, in
     /// / values of a word]` and `[experts · out, in / block]`, as [`Storage`] says.
     fn experts_quantized(
@@ -313,11 +327,33 @@ pub trait ExpertsQuantizedBackend: Backend {
         storage: Storage,
         choices: Arc<[u32]>,
     ) -> FloatTensor<Self>;
+
+    /// The same from the device's own plan.
+    fn experts_quantized_routed(
+        x: FloatTensor<Self>,
+        shares: FloatTensor<Self>,
+        w1: IntTensor<Self>,
+        w2: IntTensor<Self>,
+        w3: IntTensor<Self>,
+        scales1: FloatTensor<Self>,
+        scales2: FloatTensor<Self>,
+        scales3: FloatTensor<Self>,
+        storage: Storage,
+        plan: IntTensor<Self>,
+        layout: Layout,
+    ) -> FloatTensor<Self>;
 }
 
 type Words = IntTensor<CubeBackend>;
 
-impl ExpertsQuantizedBackend for CubeBackend {
+impl ExpertsOnDeviceBackend for CubeBackend {
+    fn experts_routed(x: T, shares: T, w1: T, w2: T, w3: T, plan: Words, layout: Layout) -> T {
+        let sizes = Sizes::new(&x, w1.shape()[0], w1.shape()[1], layout.slots());
+        let (x, shares) = (rows(x), rows(shares));
+        let [w1, w2, w3] = [w1, w2, w3].map(Stored::float);
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, || layout.plan(plan))
+    }
+
     fn experts_quantized(
         x: T,
         shares: T,
@@ -331,29 +367,90 @@ impl ExpertsQuantizedBackend for CubeBackend {
         storage: Storage,
         choices: Arc<[u32]>,
     ) -> T {
-        let sizes = Sizes::new(&x, experts, scales1.shape()[0] / experts.max(1), &choices);
+        let sizes = Sizes::new(&x, experts, scales1.shape()[0] / experts.max(1), choices.len());
         let (x, shares) = (rows(x), rows(shares));
         let stored = [(w1, scales1), (w2, scales2), (w3, scales3)];
         let [w1, w2, w3] = stored.map(|(words, scales)| Stored::quantized(words, scales, storage));
-        forward(&x, &shares, [&w1, &w2, &w3], &sizes, &choices)
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, || Plan::new(&x, &choices, sizes.k, experts))
     }
+
+    fn experts_quantized_routed(
+        x: T,
+        shares: T,
+        w1: Words,
+        w2: Words,
+        w3: Words,
+        scales1: T,
+        scales2: T,
+        scales3: T,
+        storage: Storage,
+        plan: Words,
+        layout: Layout,
+    ) -> T {
+        let experts = layout.experts();
+        let sizes = Sizes::new(&x, experts, scales1.shape()[0] / experts.max(1), layout.slots());
+        let (x, shares) = (rows(x), rows(shares));
+        let stored = [(w1, scales1), (w2, scales2), (w3, scales3)];
+        let [w1, w2, w3] = stored.map(|(words, scales)| Stored::quantized(words, scales, storage));
+        forward(&x, &shares, [&w1, &w2, &w3], &sizes, || layout.plan(plan))
+    }
+}
+
+/// See [`super::experts`], with tensors as weights, and choices that the device made.
+pub(super) fn experts_routed(
+    x: Tensor<2>,
+    routing: &Routing,
+    plan: &OnDevice,
+    [w1, w2, w3]: [&Tensor<3>; 3],
+) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as ExpertsOnDeviceBackend>::experts_routed(
+        cast(x, w1.dtype()).into_dispatch(),
+        cast(routing.shares.clone(), DType::F32).into_dispatch(),
+        w1.clone().into_dispatch(),
+        w2.clone().into_dispatch(),
+        w3.clone().into_dispatch(),
+        plan.plan().into_dispatch(),
+        plan.layout(),
+    ))
 }
 
 /// See [`super::experts`]; all three weights are of one format.
 pub(super) fn experts_quantized(x: Tensor<2>, routing: &Routing, weights: [&Quantized; 3]) -> Tensor<2> {
     let (experts, storage) = (weights[0].dims()[0], Storage::of(weights[0].format()));
     let [(w1, scales1), (w2, scales2), (w3, scales3)] = weights.map(Quantized::parts);
-    Tensor::from_dispatch(<Dispatch as ExpertsQuantizedBackend>::experts_quantized(
-        x.into_dispatch(),
-        cast(routing.shares.clone(), DType::F32).into_dispatch(),
-        w1.into_dispatch(),
-        w2.into_dispatch(),
-        w3.into_dispatch(),
-        scales1.into_dispatch(),
-        scales2.into_dispatch(),
-        scales3.into_dispatch(),
-        experts,
-        storage,
-        routing.choices.clone(),
-    ))
+    let x = x.into_dispatch();
+    let shares = cast(routing.shares.clone(), DType::F32).into_dispatch();
+    let [w1, w2, w3] = [w1, w2, w3].map(Tensor::into_dispatch);
+    let [scales1, scales2, scales3] = [scales1, scales2, scales3].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(match routing.choices.on_device() {
+        Some(made) => {
+            let plan = made.plan().into_dispatch();
+            <Dispatch as ExpertsOnDeviceBackend>::experts_quantized_routed(
+                x,
+                shares,
+                w1,
+                w2,
+                w3,
+                scales1,
+                scales2,
+                scales3,
+                storage,
+                plan,
+                made.layout(),
+            )
+        }
+        None => <Dispatch as ExpertsOnDeviceBackend>::experts_quantized(
+            x,
+            shares,
+            w1,
+            w2,
+            w3,
+            scales1,
+            scales2,
+            scales3,
+            experts,
+            storage,
+            routing.choices.host(),
+        ),
+    })
 }
