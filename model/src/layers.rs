@@ -85,6 +85,16 @@ impl Stream {
         Self { residual, branch: Some((branch, alpha, beta)) }
     }
 
+    /// The residual, and the branch where there is one.
+    pub fn parts(&self) -> (&Tensor<2>, Option<&Tensor<2>>) {
+        (&self.residual, self.branch.as_ref().map(|(branch, _, _)| branch))
+    }
+
+    /// The same with other values: `f` is given the residual, then the branch.
+    pub fn map(self, mut f: impl FnMut(Tensor<2>) -> Tensor<2>) -> Self {
+        Self { residual: f(self.residual), branch: self.branch.map(|(branch, alpha, beta)| (f(branch), alpha, beta)) }
+    }
+
     /// The sum itself.
     pub fn sum(self) -> Tensor<2> {
         match self.branch {

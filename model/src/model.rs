@@ -6,7 +6,7 @@ use m1_kernels::base::packed::PackError;
 use m1_kernels::rotary::Rotation;
 
 use crate::batch::{Batch, Layout, ints};
-use crate::cache::Cache;
+use crate::cache::{Cache, LayerCache};
 use crate::checkpoint::{Slot, slots};
 use crate::config::ModelConfig;
 use crate::decoder_layer::{Attention, DecoderLayer};
@@ -125,39 +125,51 @@ impl M1 {
     /// # Panics
     /// If the cache has another number of rows or an id is outside the vocabulary.
     pub fn forward(&self, batch: &Batch, mut cache: Option<&mut Cache>, trace: &mut Trace) -> Tensor<2> {
-        let device = self.device();
         if let Some(cache) = &cache {
             assert_eq!(cache.rows(), batch.rows().len(), "the batch needs as many rows as the cache");
         }
         if batch.tokens() == 0 {
-            return Tensor::zeros([0, self.config.hidden_size], &device);
+            return Tensor::zeros([0, self.config.hidden_size], &self.device());
         }
         let past: Vec<usize> = match &cache {
             Some(cache) => (0..cache.rows()).map(|row| cache.len(row)).collect(),
             None => vec![0; batch.rows().len()],
         };
-        let layout = Layout::new(batch, &past, &device);
-        let rotation = Rotation::new(&layout.positions, self.config.rotary_dim, self.config.rope_theta, &device);
-        let ids = batch.rows().iter().flatten().map(|&id| {
-            assert!((id as usize) < self.config.vocab_size, "token id {id} is outside the vocabulary");
-            id as i32
-        });
-
-        let mut x: Stream = self.model.embed_tokens.forward(ids.collect(), &device).into();
+        let places = Places::new(batch, &past, &self.config, &self.device());
+        let mut x = self.embed(batch);
         for (i, layer) in self.model.layers.iter().enumerate() {
             trace.saw_hidden(|| x.clone().sum());
-            x = layer.forward(x, &layout, &rotation, cache.as_deref_mut().map(|c| c.layer_mut(i)), trace);
+            x = places.through(layer, x, cache.as_deref_mut().map(|c| c.layer_mut(i)), trace);
         }
         if let Some(cache) = cache {
             cache.advance(batch.rows());
         }
+        self.finish(x, batch, trace)
+    }
+
+    /// The embeddings of all tokens, row after row: where [`M1::forward`] begins.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary.
+    pub fn embed(&self, batch: &Batch) -> Stream {
+        let ids = batch.rows().iter().flatten().map(|&id| {
+            assert!((id as usize) < self.config.vocab_size, "token id {id} is outside the vocabulary");
+            id as i32
+        });
+        self.model.embed_tokens.forward(ids.collect(), &self.device()).into()
+    }
+
+    /// The hidden states that the batch asks for, after the final norm, from what the last layer gives: where
+    /// [`M1::forward`] ends.
+    pub fn finish(&self, x: Stream, batch: &Batch, trace: &mut Trace) -> Tensor<2> {
         let wanted = batch.wanted();
         if wanted.as_ref().is_some_and(Vec::is_empty) {
-            return Tensor::zeros([0, self.config.hidden_size], &device);
+            return Tensor::zeros([0, self.config.hidden_size], &self.device());
         }
-        if let Some(wanted) = wanted {
-            x = x.select(ints(wanted.into_iter().map(|i| i as i32).collect(), &device));
-        }
+        let x = match wanted {
+            Some(wanted) => x.select(ints(wanted.into_iter().map(|i| i as i32).collect(), &self.device())),
+            None => x,
+        };
         let (_, x) = self.model.norm.forward_stream(x);
         trace.saw_hidden(|| x.clone());
         x
@@ -172,6 +184,36 @@ impl M1 {
     }
 }
 
+/// Where a batch's tokens stand: what every layer of one pass is told.
+#[derive(Debug)]
+pub struct Places {
+    layout: Layout,
+    rotation: Rotation,
+}
+
+impl Places {
+    /// Tokens of `batch`, `past[i]` tokens after the beginning of row i.
+    pub fn new(batch: &Batch, past: &[usize], config: &ModelConfig, device: &Device) -> Self {
+        let layout = Layout::new(batch, past, device);
+        let rotation = Rotation::new(&layout.positions, config.rotary_dim, config.rope_theta, device);
+        Self { layout, rotation }
+    }
+
+    /// Takes the tokens through one layer, whose cache is its own of that number.
+    ///
+    /// # Panics
+    /// If `cache` is of the other kind of attention.
+    pub fn through(
+        &self,
+        layer: &DecoderLayer,
+        x: Stream,
+        cache: Option<&mut LayerCache>,
+        trace: &mut Trace,
+    ) -> Stream {
+        layer.forward(x, &self.layout, &self.rotation, cache, trace)
+    }
+}
+
 /// The router's auxiliary loss over all layers together, times its coefficient (SPEC §2):
 /// `E · Σ_{k,e} mean(onehot_{k,e}) · mean(prob_e) · router_aux_loss_coef`.
 ///
@@ -179,12 +221,17 @@ impl M1 {
 pub fn router_aux_loss(trace: &Trace, config: &ModelConfig) -> Tensor<1> {
     let experts = config.num_local_experts;
     let logits = Tensor::cat(trace.router_logits.clone(), 0);
-    let tokens = logits.dims()[0];
-    let mut load = vec![0f32; experts];
-    for &expert in trace.choices.iter().flatten() {
-        load[expert as usize] += 1.0 / tokens as f32;
-    }
+    let load = router_load(&trace.choices, experts, logits.dims()[0]);
     let load = Tensor::<1>::from_floats(load.as_slice(), &logits.device());
     let probability: Tensor<1> = softmax(logits, 1).mean_dim(0).squeeze_dim(0);
     (probability * load).sum().mul_scalar(experts as f64 * config.router_aux_loss_coef)
+}
+
+/// How often each expert was chosen for each of `rows` routed rows (tokens × layers), over all layers.
+pub fn router_load(choices: &[Vec<u32>], experts: usize, rows: usize) -> Vec<f32> {
+    let mut load = vec![0f32; experts];
+    for &expert in choices.iter().flatten() {
+        load[expert as usize] += 1.0 / rows as f32;
+    }
+    load
 }

@@ -5,6 +5,7 @@ pub mod conversation;
 pub mod data;
 pub mod decode;
 pub mod eval;
+pub mod gradient_checkpointing;
 pub mod metrics;
 pub mod optimizer;
 pub mod parameters;

@@ -9,12 +9,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
+use m1_kernels::linear::Weight;
 use m1_kernels::log_prob::log_prob;
 use m1_model::batch::Batch;
 use m1_model::model::{M1, router_aux_loss};
 use m1_model::trace::Trace;
 
 use crate::data::Example;
+use crate::gradient_checkpointing::{self, Passed};
 use crate::optimizer::{Optimizer, OptimizerSettings};
 use crate::parameters;
 
@@ -78,6 +80,7 @@ pub struct Trainer {
     optimizer: Optimizer,
     pools: Vec<rayon::ThreadPool>,
     micro_tokens: usize,
+    gradient_checkpointing: bool,
     steps: u64,
 }
 
@@ -102,6 +105,7 @@ impl Trainer {
             model: Some(model),
             pools,
             micro_tokens,
+            gradient_checkpointing: false,
             steps,
         })
     }
@@ -128,33 +132,69 @@ impl Trainer {
 
     /// One step of the optimizer at learning rate `lr` on these examples together.
     pub fn step(&mut self, examples: &[Example], lr: f64) -> Result<StepReport, TrainError> {
+        let count: usize = examples.iter().map(targets).sum();
+        if count == 0 {
+            return Err(TrainError::NothingToLearn { step: self.steps + 1, examples: examples.len() });
+        }
+        let tokens = examples.iter().map(|e| e.ids.len()).sum();
+        let examples: Vec<&Example> = examples.iter().filter(|e| targets(e) > 0).collect();
+        let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+        let micros: Vec<(Batch, Vec<u32>)> = split(&lengths, self.micro_tokens)
+            .into_iter()
+            .map(|micro| learned(&micro.into_iter().map(|i| examples[i]).collect::<Vec<_>>()))
+            .collect();
+        let (batches, next): (Vec<Batch>, Vec<Vec<u32>>) = micros.into_iter().unzip();
+        let loss = |i: usize, hidden, head: &Weight<2>| {
+            let (log_probs, _) = log_prob(hidden, head, &next[i], 1.0);
+            Ok::<_, TrainError>((log_probs.sum().neg() / count as f64, ()))
+        };
+        let (report, _) = self.update(&batches, loss, lr)?;
+        Ok(StepReport { tokens, ..report })
+    }
+
+    /// One step of the optimizer at learning rate `lr` on a loss that is given part by part.
+    ///
+    /// `loss(i, hidden, head)` is the loss `[1]` of batch `i`, from the hidden states that the batch asks for and the weight of
+    /// the head, and whatever the caller wants to know of it; the parts' losses add up to the step's. The router's
+    /// auxiliary loss is added here, by each part's share of the tokens. The parts are worked on side by side.
+    ///
+    /// # Errors
+    /// [`TrainError::Diverged`], with the model as it was, where loss or gradient is not finite; the errors of `loss`.
+    pub fn update<T: Send, E: Send + From<TrainError>>(
+        &mut self,
+        batches: &[Batch],
+        loss: impl Fn(usize, Tensor<2>, &Weight<2>) -> Result<(Tensor<1>, T), E> + Sync,
+        lr: f64,
+    ) -> Result<(StepReport, Vec<T>), E> {
         let start = Instant::now();
         let step = self.steps + 1;
-        let micros = split(examples, self.micro_tokens);
-        let targets: usize = examples.iter().map(targets).sum();
-        let tokens: usize = examples.iter().map(|e| e.ids.len()).sum();
-        if targets == 0 {
-            return Err(TrainError::NothingToLearn { step, examples: examples.len() });
-        }
-
-        let model = self.model();
-        let parts = in_parallel(&self.pools, micros.len(), |i| {
-            let share = micros[i].iter().map(|e| e.ids.len()).sum::<usize>() as f64 / tokens as f64;
-            micro_batch(model, &micros[i], targets, share)
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
+        let (model, checkpointing) = (self.model(), self.gradient_checkpointing);
+        let parts = in_parallel(&self.pools, batches.len(), |i| {
+            let aux_share = batches[i].tokens() as f64 / tokens as f64;
+            let loss = |hidden, head: &Weight<2>| loss(i, hidden, head);
+            if checkpointing {
+                gradient_checkpointing::forward_backward(model, &batches[i], loss, aux_share)
+            } else {
+                forward_backward(model, &batches[i], loss, aux_share)
+            }
         });
-        let (mut loss, mut aux_loss) = (0.0, 0.0);
+        let (mut total, mut aux_loss) = (0.0, 0.0);
         let mut load = Load::new(self.model());
         let mut gradients = Vec::with_capacity(parts.len());
+        let mut reports = Vec::with_capacity(parts.len());
         for part in parts {
-            loss += part.loss;
+            let part = part?;
+            total += part.loss;
             aux_loss += part.aux_loss;
             load.add(&part.choices);
             gradients.push(part.gradients);
+            reports.push(part.report);
         }
         let mut gradients = parameters::sum_gradients(gradients);
         let grad_norm = parameters::global_norm(&gradients);
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(TrainError::Diverged { step, loss, grad_norm });
+        if !total.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::Diverged { step, loss: total, grad_norm }.into());
         }
         let scale = self.optimizer.scale(grad_norm);
         // Taken out, so that every parameter has one owner and is changed where it is.
@@ -164,15 +204,27 @@ impl Trainer {
             Some(parameters::update(model, |i, value| optimizer.update(i, lr, scale, value, gradients[i].take())));
         self.steps = step;
         let (expert_load_min, expert_load_max) = load.range();
-        Ok(StepReport {
-            loss,
+        let report = StepReport {
+            loss: total,
             aux_loss,
             grad_norm,
             tokens,
             expert_load_max,
             expert_load_min,
             seconds: start.elapsed().as_secs_f64(),
-        })
+        };
+        Ok((report, reports))
+    }
+
+    /// Keeps only what goes into each layer until the backward pass, which then runs every layer again: memory for time.
+    pub fn with_gradient_checkpointing(mut self, on: bool) -> Self {
+        self.gradient_checkpointing = on;
+        self
+    }
+
+    /// Threads, each on a part of its own.
+    pub fn pools(&self) -> &[rayon::ThreadPool] {
+        &self.pools
     }
 
     /// The device that the weights are on.
@@ -210,36 +262,34 @@ pub(crate) fn in_parallel<T: Send>(
     done.into_iter().map(|(_, result)| result).collect()
 }
 
-/// What a micro-batch gives to its step.
-struct Part {
-    loss: f64,
-    aux_loss: f64,
-    choices: Vec<Vec<u32>>,
-    gradients: Vec<Option<Tensor<1>>>,
-}
-
-/// Forward and backward over some of a step's examples, scaled so that the parts of a step add up:
-/// the loss by the step's `targets`, the auxiliary loss by this part's `share` of the step's tokens.
-fn micro_batch(model: &M1, examples: &[&Example], targets: usize, share: f64) -> Part {
+/// Forward and backward of `loss(hidden, head)` plus `aux_share` of the router's auxiliary loss.
+fn forward_backward<T, E>(
+    model: &M1,
+    batch: &Batch,
+    loss: impl FnOnce(Tensor<2>, &Weight<2>) -> Result<(Tensor<1>, T), E>,
+    aux_share: f64,
+) -> Result<Passed<T>, E> {
     let model = parameters::tracked(model);
     let mut trace = Trace::router();
-    let loss = cross_entropy_sum(&model, examples, &mut trace) / targets as f64;
-    let aux_loss = router_aux_loss(&trace, model.config()) * share;
+    let hidden = model.forward(batch, None, &mut trace);
+    let (loss, report) = loss(hidden, &model.lm_head.weight.value())?;
+    let aux_loss = router_aux_loss(&trace, model.config()) * aux_share;
     let total = loss.clone() + aux_loss.clone();
     let mut gradients = total.backward();
-    Part {
+    Ok(Passed {
         loss: loss.inner().into_scalar::<f32>().into(),
         aux_loss: aux_loss.inner().into_scalar::<f32>().into(),
+        report,
         choices: trace.choices,
         gradients: parameters::take_gradients(&model, &mut gradients),
-    }
+    })
 }
 
-/// The sum of `-ln p(token | before)` over the examples' tokens to be learned, `[1]`.
+/// The examples as a batch that gives hidden states where a token to be learned follows, and these tokens.
 ///
-/// The last token of a row predicts nothing here, so it is not read at all; probabilities are made only where a token to be
-/// learned follows, and no matrix of logits is.
-pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
+/// The last token of a row predicts nothing here, so it is not read at all; probabilities are made only where they are
+/// wanted, and no matrix of logits is.
+fn learned(examples: &[&Example]) -> (Batch, Vec<u32>) {
     let (mut rows, mut offsets, mut next) = (Vec::new(), Vec::new(), Vec::new());
     for example in examples {
         let learned: Vec<usize> = (1..example.ids.len()).filter(|&t| example.loss[t]).collect();
@@ -247,8 +297,13 @@ pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -
         offsets.push(learned.iter().map(|t| t - 1).collect());
         rows.push(example.ids[..example.ids.len().saturating_sub(1)].to_vec());
     }
-    let hidden = model.forward(&Batch::new(rows).at(offsets), None, trace);
-    let (log_probs, _) = log_prob(hidden, &model.lm_head.weight.value(), &next, 1.0);
+    (Batch::new(rows).at(offsets), next)
+}
+
+/// The sum of `-ln p(token | before)` over the examples' tokens to be learned, `[1]`.
+pub fn cross_entropy_sum(model: &M1, examples: &[&Example], trace: &mut Trace) -> Tensor<1> {
+    let (batch, next) = learned(examples);
+    let (log_probs, _) = log_prob(model.forward(&batch, None, trace), &model.lm_head.weight.value(), &next, 1.0);
     log_probs.sum().neg()
 }
 
@@ -257,23 +312,23 @@ pub fn targets(example: &Example) -> usize {
     example.loss.iter().skip(1).filter(|&&l| l).count()
 }
 
-/// Splits a step's examples into parts of about `micro_tokens` tokens, each of similar lengths, so that attention's
-/// padding to the longest row costs little.
-fn split(examples: &[Example], micro_tokens: usize) -> Vec<Vec<&Example>> {
-    let mut sorted: Vec<&Example> = examples.iter().filter(|e| targets(e) > 0).collect();
-    sorted.sort_by_key(|e| std::cmp::Reverse(e.ids.len())); // stable: equal lengths keep the examples' order
-    let tokens: usize = sorted.iter().map(|e| e.ids.len()).sum();
+/// Splits texts of these lengths into parts of about `micro_tokens` tokens, each of similar lengths, so that attention's
+/// padding stays small. Gives the numbers of each part's texts.
+pub(crate) fn split(lengths: &[usize], micro_tokens: usize) -> Vec<Vec<usize>> {
+    let mut sorted: Vec<usize> = (0..lengths.len()).collect();
+    sorted.sort_by_key(|&i| std::cmp::Reverse(lengths[i])); // stable: equal lengths keep their order
+    let tokens: usize = lengths.iter().sum();
     let parts = tokens.div_ceil(micro_tokens.max(1)).max(1);
-    let mut micros: Vec<Vec<&Example>> = vec![Vec::new()];
+    let mut micros: Vec<Vec<usize>> = vec![Vec::new()];
     let mut seen = 0;
-    for example in sorted {
+    for i in sorted {
         // The border lies where an equal share ends, so that no part is a small rest.
         if seen >= micros.len() * tokens / parts {
             micros.push(Vec::new());
         }
-        seen += example.ids.len();
+        seen += lengths[i];
         if let Some(last) = micros.last_mut() {
-            last.push(example);
+            last.push(i);
         }
     }
     micros.retain(|m| !m.is_empty());

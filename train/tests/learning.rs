@@ -119,3 +119,23 @@ fn nothing_to_learn_is_an_error_that_names_the_step() {
     let error = trainer(64, 1).step(&batch, 1e-3).unwrap_err();
     assert!(matches!(error, TrainError::NothingToLearn { step: 1, examples: 1 }), "{error}");
 }
+
+/// Layers run again in the backward pass: the same loss and gradients to rounding, on texts of different lengths.
+#[test]
+fn gradient_checkpointing_changes_only_the_rounding() {
+    let batch = examples(24);
+    let run = |on: bool| {
+        let mut trainer = trainer(64, 2).with_gradient_checkpointing(on);
+        let first = trainer.step(&batch, 1e-3).unwrap();
+        let weights: Vec<f32> = weights(&trainer).concat().into_iter().map(f32::from_bits).collect();
+        (first, weights, trainer.step(&batch, 1e-3).unwrap().loss)
+    };
+    let ((plain, weights, after), (again, weights_again, after_again)) = (run(false), run(true));
+    assert!((plain.loss - again.loss).abs() < 1e-5 && (plain.aux_loss - again.aux_loss).abs() < 1e-6);
+    assert!((plain.grad_norm / again.grad_norm - 1.0).abs() < 1e-4, "{plain:?} {again:?}");
+    assert_eq!(plain.expert_load_max, again.expert_load_max);
+    // AdamW's first step moves every weight by lr or not at all, so a gradient of nearly zero may go the other way.
+    let differ = weights.iter().zip(&weights_again).filter(|(a, b)| (*a - *b).abs() > 2e-5).count();
+    assert!(differ * 200 < weights.len(), "{differ} of {} weights", weights.len());
+    assert!((after - after_again).abs() < 1e-4, "{after} {after_again}");
+}

@@ -62,6 +62,9 @@ pub struct Args {
     /// Tokens of the parts that a step is split into [default: as pretrain does]
     #[arg(long, value_name = "N", value_parser = count)]
     micro_tokens: Option<u64>,
+    /// Run each layer again in the backward pass instead of keeping its activations
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// Threads, each on its own part of a step [default: one a core]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     threads: Option<u64>,
@@ -85,7 +88,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let micro_tokens = args.micro_tokens.unwrap_or(pretrain::MICRO_TOKENS) as usize;
     let config = model.config().clone();
-    let mut trainer = Trainer::new(model, OptimizerSettings::default(), micro_tokens, threads, 0)?;
+    let mut trainer = Trainer::new(model, OptimizerSettings::default(), micro_tokens, threads, 0)?
+        .with_gradient_checkpointing(args.gradient_checkpointing);
 
     let (batch, tokens) = (args.batch as usize, args.tokens as usize);
     let mut random = ChaCha8Rng::seed_from_u64(1);
