@@ -1,7 +1,7 @@
 //! What a run says about itself: one JSON line per step, in `metrics.jsonl`.
 //!
 //! ```text
-//! RUN/metrics.jsonl              one row a step: [`StepMetrics`] in pretraining, [`RlMetrics`] in reinforcement learning
+//! RUN/metrics.jsonl              a row a step: [`StepMetrics`] in pretraining, [`RlMetrics`] in RL
 //! RUN/samples.jsonl              prompts and responses with their rewards: [`SampleRecord`]
 //! RUN/events.out.tfevents.*      the same numbers for TensorBoard: [`EventWriter`]
 //! ```
@@ -42,7 +42,8 @@ pub struct StepMetrics {
     pub tokens_per_s: f64,
     /// Seconds of training since the run began, without the time between a stop and a resumption.
     pub elapsed_s: f64,
-    /// The most used expert's share of the tokens over its fair share, worst layer: 1 is even, experts / top-k the worst.
+    /// The most used expert's share of the tokens over its fair share, worst layer: 1 is even, experts / top-k the
+    /// worst.
     pub expert_load_max: f64,
     /// The least used expert's share over its fair share, worst layer: 0 is an expert that no token went to.
     pub expert_load_min: f64,

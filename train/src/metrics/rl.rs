@@ -1,4 +1,4 @@
-//! One step of reinforcement learning: the names that people know from other trainers, flat, so that any tool plots them.
+//! One step of reinforcement learning: the names that people know from other trainers, flat, for any tool to plot.
 //!
 //! A line of an older version may lack a number and a diverged step may have none: both are read as NaN.
 

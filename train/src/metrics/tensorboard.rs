@@ -2,8 +2,8 @@
 //!
 //! An event file is a row of TFRecords (length, its checksum, a protobuf `Event`, its checksum). Only three kinds of
 //! event are written: the version, the start of a session and scalars; their encoding is a few lines, so no protobuf
-//! compiler is asked for. A resumed run starts a file of its own whose first event tells TensorBoard to forget the steps
-//! that follow in older files: they are done again.
+//! compiler is asked for. A resumed run starts a file of its own whose first event tells TensorBoard to forget the
+//! steps that follow in older files: they are done again.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
