@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use log::{MetricsLog, Row, read};
 pub use rl::RlMetrics;
 pub use samples::{RESPONSES_PER_STEP, Response, SampleLog, SampleRecord};
-pub use tensorboard::{EventWriter, masked_crc};
+pub use tensorboard::EventWriter;
 
 /// One optimizer step of pretraining.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -90,7 +90,7 @@ impl EventWriter {
 }
 
 /// The checksum of a TFRecord: CRC-32C, rotated and offset so that a checksum of checksums is none.
-pub fn masked_crc(data: &[u8]) -> u32 {
+fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 

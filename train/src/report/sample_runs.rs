@@ -35,6 +35,14 @@ pub(super) fn write(folder: &Path, arm: &str, seed: u64, steps: u64, speed: f64,
             }
         }
         log.push(row).unwrap();
+        if step == steps / 2 {
+            // Killed a step later and resumed.
+            let lost = RlMetrics { step: step + 1, reward: -9.0, ..RlMetrics::default() };
+            events.push(&lost).unwrap();
+            log.push(lost).unwrap();
+            log = MetricsLog::open(&run.join("metrics.jsonl"), step).unwrap();
+            events = EventWriter::create(&run, "rl", step).unwrap();
+        }
     }
     run
 }

@@ -123,5 +123,7 @@ fn a_page_to_look_at() {
     }
     runs.push(sample_runs::write(&dir, "no-config", 1, 300, 1.1, false));
     write(&dir.join("report.html"), &runs, &Options::default()).unwrap();
+    let history: Vec<RlMetrics> = crate::metrics::read(&runs[0].join("metrics.jsonl")).unwrap();
+    crate::plot::rl_svg(&dir.join("rl.svg"), "cispo, seed 1", &history).unwrap();
     write(&dir.join("one.html"), &runs[..1], &Options::default()).unwrap();
 }
