@@ -1,11 +1,12 @@
-//! The loss of a run as an SVG: every step pale, a running mean dark, both on a logarithmic scale over tokens seen.
+//! The curves of a run as an SVG, every step pale and a running mean dark: the loss of pretraining on a logarithmic scale
+//! over tokens seen, or the four curves that reinforcement learning is watched by, over steps.
 
 use std::fs;
 use std::path::Path;
 
 use plotters::prelude::*;
 
-use crate::metrics::StepMetrics;
+use crate::metrics::{RlMetrics, StepMetrics};
 
 const SIZE: (u32, u32) = (960, 540);
 const RAW: RGBColor = RGBColor(158, 188, 218);
@@ -18,7 +19,7 @@ const POINTS: usize = 1500;
 #[derive(Debug, thiserror::Error)]
 pub enum PlotError {
     /// The drawing library refused.
-    #[error("loss plot: {0}")]
+    #[error("plot: {0}")]
     Draw(String),
     /// The file could not be written.
     #[error("{path}: {source}")]
@@ -37,10 +38,79 @@ pub fn loss_svg(path: &Path, title: &str, history: &[StepMetrics]) -> Result<(),
     }
     let mut svg = String::new();
     draw(&mut svg, title, history).map_err(|e| PlotError::Draw(e.to_string()))?;
+    write(path, &svg)
+}
+
+/// Writes reward, pass rate (held-out where there are evaluations), entropy and response length to `path`; fewer than two
+/// steps draw nothing.
+pub fn rl_svg(path: &Path, title: &str, history: &[RlMetrics]) -> Result<(), PlotError> {
+    if history.len() < 2 {
+        return Ok(());
+    }
+    let mut svg = String::new();
+    draw_rl(&mut svg, title, history).map_err(|e| PlotError::Draw(e.to_string()))?;
+    write(path, &svg)
+}
+
+fn write(path: &Path, svg: &str) -> Result<(), PlotError> {
     let partial = path.with_extension("svg.partial");
     fs::write(&partial, svg)
         .and_then(|()| fs::rename(&partial, path))
         .map_err(|source| PlotError::Write { path: path.display().to_string(), source })
+}
+
+fn draw_rl(svg: &mut String, title: &str, history: &[RlMetrics]) -> Result<(), Box<dyn std::error::Error>> {
+    type Curve = (&'static str, fn(&RlMetrics) -> Option<f64>);
+    let evaluated = history.iter().filter(|m| m.eval_pass_rate.is_some()).count() > 1;
+    let pass_rate: Curve = match evaluated {
+        true => ("held-out pass rate", |m| m.eval_pass_rate),
+        false => ("pass rate in training", |m| Some(m.pass_rate)),
+    };
+    let curves: [Curve; 4] = [
+        ("reward", |m| Some(m.reward)),
+        pass_rate,
+        ("entropy (nats per token)", |m| Some(m.entropy)),
+        ("response length (tokens)", |m| Some(m.response_length_mean)),
+    ];
+    let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let root = root.titled(title, ("sans-serif", 20).into_font().color(&INK))?;
+    let (first, last) = (history[0].step as f64, history[history.len() - 1].step as f64);
+    for ((name, curve), area) in curves.into_iter().zip(root.split_evenly((2, 2))) {
+        let value = |m: &RlMetrics| Some((m.step as f64, curve(m).filter(|v| v.is_finite())?));
+        let raw: Vec<(f64, f64)> = history.iter().filter_map(value).collect();
+        let low = raw.iter().map(|p| p.1).fold(f64::MAX, f64::min);
+        let high = raw.iter().map(|p| p.1).fold(f64::MIN, f64::max);
+        if raw.is_empty() {
+            continue;
+        }
+        let room = if high > low { (high - low) * 0.05 } else { high.abs().max(1.0) * 0.05 };
+        let mut chart = ChartBuilder::on(&area)
+            .margin(12)
+            .caption(name, ("sans-serif", 15).into_font().color(&INK))
+            .x_label_area_size(26)
+            .y_label_area_size(52)
+            .build_cartesian_2d(first..last, low - room..high + room)?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(RGBColor(232, 232, 232))
+            .axis_style(RGBColor(170, 170, 170))
+            .label_style(("sans-serif", 12).into_font().color(&INK))
+            .x_labels(6)
+            .y_labels(5)
+            .x_label_formatter(&|v| format!("{v:.0}"))
+            .draw()?;
+        let stride = raw.len().div_ceil(POINTS);
+        // A few evaluations are a curve of their own; of many steps the mean is seen better.
+        let smooth = if raw.len() > 100 { running_mean(&raw) } else { raw.clone() };
+        let end = smooth[smooth.len() - 1];
+        chart.draw_series(LineSeries::new(raw.iter().step_by(stride).copied(), RAW.stroke_width(1)))?;
+        let line = smooth.iter().step_by(stride).copied().chain([end]);
+        chart.draw_series(LineSeries::new(line, SMOOTH.stroke_width(2)))?;
+    }
+    root.present()?;
+    Ok(())
 }
 
 fn draw(svg: &mut String, title: &str, history: &[StepMetrics]) -> Result<(), Box<dyn std::error::Error>> {
@@ -109,15 +179,19 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
     all.filter_map(|text| text.parse().ok()).filter(|v| (low..=high).contains(v)).collect()
 }
 
-/// An exponential mean over about 1 % of the run, unbiased at its start.
 fn smoothed(history: &[StepMetrics]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (history.len() as f64 / 100.0).max(5.0);
+    running_mean(&history.iter().map(point).collect::<Vec<_>>())
+}
+
+/// An exponential mean over about 1 % of the run, unbiased at its start.
+fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let keep = 1.0 - 1.0 / (points.len() as f64 / 100.0).max(5.0);
     let (mut sum, mut weight) = (0.0, 0.0);
-    let mut line = Vec::with_capacity(history.len());
-    for m in history {
-        sum = keep * sum + m.loss;
+    let mut line = Vec::with_capacity(points.len());
+    for &(x, y) in points {
+        sum = keep * sum + y;
         weight = keep * weight + 1.0;
-        line.push((point(m).0, sum / weight));
+        line.push((x, sum / weight));
     }
     line
 }
@@ -165,6 +239,27 @@ mod tests {
         assert!(svg.contains("running mean, last 0."), "legend");
         assert!(svg.matches("<polyline").count() >= 2, "two lines");
         assert!(svg.len() < 120_000, "{} bytes", svg.len());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn writes_four_charts_and_leaves_out_what_was_not_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rl.svg");
+        let row = |step| RlMetrics {
+            step,
+            reward: if step == 7 { f64::NAN } else { step as f64 / 3000.0 },
+            pass_rate: 0.5,
+            eval_pass_rate: step.is_multiple_of(50).then_some(step as f64 / 4000.0),
+            response_length_mean: 100.0 + step as f64 / 10.0,
+            ..RlMetrics::default()
+        };
+        rl_svg(&path, "a run", &(1..=3000).map(row).collect::<Vec<_>>()).unwrap();
+        let svg = fs::read_to_string(&path).unwrap();
+        assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"));
+        assert!(svg.contains("held-out pass rate") && svg.contains("response length"));
+        assert!(!svg.contains("entropy"), "never measured");
+        assert!(svg.len() < 400_000, "{} bytes", svg.len());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -61,7 +61,7 @@ fn wait_for_lines(child: &mut Child, metrics: &Path, lines: usize) {
 
 /// The metrics without what a clock decides.
 fn curve(path: &Path) -> Vec<(u64, u64, f64, f64)> {
-    let metrics = m1_train::metrics::read(path).unwrap();
+    let metrics = m1_train::metrics::read::<m1_train::metrics::StepMetrics>(path).unwrap();
     metrics.iter().map(|m| (m.step, m.tokens, m.loss, m.grad_norm)).collect()
 }
 

@@ -8,6 +8,7 @@ use m1_infer::cli::parse;
 pub mod bench;
 pub mod eval;
 pub mod pretrain;
+pub mod report;
 
 /// Train and evaluate models of the MiniMax-M1 architecture.
 #[derive(Debug, Parser)]
@@ -21,6 +22,7 @@ pub struct Cli {
 enum Command {
     Pretrain(pretrain::Args),
     Eval(eval::Args),
+    Report(report::Args),
     Bench(bench::Args),
 }
 
@@ -34,6 +36,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Report(args) => report::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }
