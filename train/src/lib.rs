@@ -5,6 +5,7 @@ pub mod conversation;
 pub mod data;
 pub mod decode;
 pub mod eval;
+pub mod loss;
 pub mod metrics;
 pub mod optimizer;
 pub mod parameters;
