@@ -126,10 +126,32 @@ pub fn is_held_out(problem: &Problem) -> bool {
     text_hash(&format!("{} {}", problem.task, problem.key)).is_multiple_of(HELD_OUT)
 }
 
-/// The first problem of the stream from (seed, index) on that is on the side asked for.
-fn find(task: &dyn Task, domain: &str, seed: u64, index: u64, difficulty: u8, held_out: bool) -> Option<Problem> {
+/// The first problem of the stream from (seed, index) on that is fit.
+fn find(
+    task: &dyn Task,
+    domain: &str,
+    seed: u64,
+    index: u64,
+    difficulty: u8,
+    fit: impl Fn(&Problem) -> bool,
+) -> Option<Problem> {
     let mut draw = Draw::new(seed, index, &format!("{domain}/{}/{difficulty}", task.name()));
-    (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(|problem| is_held_out(problem) == held_out)
+    (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(fit)
+}
+
+/// The first problem on the training side, from (seed, index) on in the stream that `domain` names, which `fit` accepts;
+/// never one that is held out. `None` where no such problem turns up in some thousand draws.
+///
+/// `difficulty` is within 1..=[`MAX_DIFFICULTY`]. The same arguments give the same problem, for ever.
+pub fn training_problem(
+    task: &dyn Task,
+    domain: &str,
+    seed: u64,
+    index: u64,
+    difficulty: u8,
+    fit: impl Fn(&Problem) -> bool,
+) -> Option<Problem> {
+    find(task, domain, seed, index, difficulty, |problem| !is_held_out(problem) && fit(problem))
 }
 
 impl DataConfig {
@@ -169,7 +191,9 @@ impl DataConfig {
             let difficulty = draw.weighted(&self.difficulties) as u8 + 1;
             // A task whose every draw is held out at this difficulty would give None; easier to try the next one.
             (difficulty..=MAX_DIFFICULTY)
-                .find_map(|difficulty| find(task, "train", self.seed, 4 * index + turn, difficulty, false))
+                .find_map(|difficulty| {
+                    training_problem(task, "train", self.seed, 4 * index + turn, difficulty, |_| true)
+                })
                 .map(|problem| {
                     let reply = problem.reply();
                     (problem.question, reply)
@@ -288,7 +312,7 @@ impl Data {
         if !(1..=MAX_DIFFICULTY).contains(&difficulty) {
             return Err(DataError::Difficulty(difficulty));
         }
-        Ok(find(task, "eval", self.config.seed, index, difficulty, true))
+        Ok(find(task, "eval", self.config.seed, index, difficulty, is_held_out))
     }
 
     /// The tokens that ask the problem, up to where the assistant begins.

@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod conversation;
+pub mod curriculum;
 pub mod data;
 pub mod decode;
 pub mod eval;
@@ -11,6 +12,7 @@ pub mod optimizer;
 pub mod parameters;
 pub mod plot;
 pub mod pretrain;
+pub mod reward;
 pub mod run;
 pub mod schedule;
 pub mod small_talk;
