@@ -109,6 +109,20 @@ pub struct Example {
     pub loss: Vec<bool>,
 }
 
+/// Where a run's examples come from: the same index gives the same example, whatever was asked before.
+pub trait Source {
+    /// The example number `index`.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    fn example(&self, index: u64) -> Result<Example, DataError>;
+
+    /// How many examples a run may read in all; `None` where they never end.
+    fn limit(&self) -> Option<u64> {
+        None
+    }
+}
+
 /// Makes examples and evaluation problems.
 pub struct Data {
     config: DataConfig,
@@ -263,6 +277,25 @@ fn loosely(draw: &mut Draw, mut text: String) -> String {
     text
 }
 
+impl Source for Data {
+    fn example(&self, index: u64) -> Result<Example, DataError> {
+        self.tokens_of(&self.config.converse(&self.tasks, index))
+    }
+}
+
+/// A conversation in tokens; loss is taken on what the assistant says and on the token that ends it.
+///
+/// # Errors
+/// The tokenizer's.
+pub fn tokens_of(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Example, TokenizerError> {
+    let mut example = Example { ids: Vec::new(), loss: Vec::new() };
+    for (text, loss) in segments(messages) {
+        example.ids.extend(tokenizer::encode(tokenizer, &text)?);
+        example.loss.resize(example.ids.len(), loss);
+    }
+    Ok(example)
+}
+
 impl Data {
     /// # Errors
     /// What is wrong with the configuration, or with the tokenizer.
@@ -282,25 +315,12 @@ impl Data {
         &self.tokenizer
     }
 
-    /// The training example number `index`.
-    ///
-    /// # Errors
-    /// The tokenizer's.
-    pub fn example(&self, index: u64) -> Result<Example, DataError> {
-        self.tokens_of(&self.config.converse(&self.tasks, index))
-    }
-
     /// A conversation in tokens, with its loss mask.
     ///
     /// # Errors
     /// The tokenizer's.
     pub fn tokens_of(&self, messages: &[Message]) -> Result<Example, DataError> {
-        let mut example = Example { ids: Vec::new(), loss: Vec::new() };
-        for (text, loss) in segments(messages) {
-            example.ids.extend(tokenizer::encode(&self.tokenizer, &text)?);
-            example.loss.resize(example.ids.len(), loss);
-        }
-        Ok(example)
+        Ok(tokens_of(&self.tokenizer, messages)?)
     }
 
     /// The evaluation problem number `index` of a task, which no training example contains; `None` where the task has

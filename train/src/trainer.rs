@@ -259,7 +259,7 @@ pub fn targets(example: &Example) -> usize {
 
 /// Splits a step's examples into parts of about `micro_tokens` tokens, each of similar lengths, so that attention's
 /// padding to the longest row costs little.
-fn split(examples: &[Example], micro_tokens: usize) -> Vec<Vec<&Example>> {
+pub(crate) fn split(examples: &[Example], micro_tokens: usize) -> Vec<Vec<&Example>> {
     let mut sorted: Vec<&Example> = examples.iter().filter(|e| targets(e) > 0).collect();
     sorted.sort_by_key(|e| std::cmp::Reverse(e.ids.len())); // stable: equal lengths keep the examples' order
     let tokens: usize = sorted.iter().map(|e| e.ids.len()).sum();

@@ -8,6 +8,9 @@ use m1_infer::cli::parse;
 pub mod bench;
 pub mod eval;
 pub mod pretrain;
+pub mod problems;
+mod run_args;
+pub mod sft;
 
 /// Train and evaluate models of the MiniMax-M1 architecture.
 #[derive(Debug, Parser)]
@@ -20,6 +23,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Pretrain(pretrain::Args),
+    Sft(sft::Args),
+    Problems(problems::Args),
     Eval(eval::Args),
     Bench(bench::Args),
 }
@@ -33,6 +38,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
     };
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
+        Command::Sft(args) => sft::run(args),
+        Command::Problems(args) => problems::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
     }
