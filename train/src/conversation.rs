@@ -3,8 +3,11 @@
 //! The template is written out here because training renders many thousand conversations; what the chat renders through
 //! Jinja must be the same text, and a test holds it to the released template's own output.
 
+use serde::{Deserialize, Serialize};
+
 /// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The system prompt, only as a conversation's first message.
     System,

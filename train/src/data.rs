@@ -109,6 +109,20 @@ pub struct Example {
     pub loss: Vec<bool>,
 }
 
+/// Where a run's examples come from: the same index gives the same example, whatever was asked before.
+pub trait Source {
+    /// The example number `index`.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    fn example(&self, index: u64) -> Result<Example, DataError>;
+
+    /// How many examples a run may read in all; `None` where they never end.
+    fn limit(&self) -> Option<u64> {
+        None
+    }
+}
+
 /// Makes examples and evaluation problems.
 pub struct Data {
     config: DataConfig,
@@ -126,10 +140,32 @@ pub fn is_held_out(problem: &Problem) -> bool {
     text_hash(&format!("{} {}", problem.task, problem.key)).is_multiple_of(HELD_OUT)
 }
 
-/// The first problem of the stream from (seed, index) on that is on the side asked for.
-fn find(task: &dyn Task, domain: &str, seed: u64, index: u64, difficulty: u8, held_out: bool) -> Option<Problem> {
+/// The first problem of the stream from (seed, index) on that is fit.
+fn find(
+    task: &dyn Task,
+    domain: &str,
+    seed: u64,
+    index: u64,
+    difficulty: u8,
+    fit: impl Fn(&Problem) -> bool,
+) -> Option<Problem> {
     let mut draw = Draw::new(seed, index, &format!("{domain}/{}/{difficulty}", task.name()));
-    (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(|problem| is_held_out(problem) == held_out)
+    (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(fit)
+}
+
+/// The first problem on the training side, from (seed, index) on in the stream that `domain` names, which `fit` accepts;
+/// never one that is held out. `None` where no such problem turns up in some thousand draws.
+///
+/// `difficulty` is within 1..=[`MAX_DIFFICULTY`]. The same arguments give the same problem, for ever.
+pub fn training_problem(
+    task: &dyn Task,
+    domain: &str,
+    seed: u64,
+    index: u64,
+    difficulty: u8,
+    fit: impl Fn(&Problem) -> bool,
+) -> Option<Problem> {
+    find(task, domain, seed, index, difficulty, |problem| !is_held_out(problem) && fit(problem))
 }
 
 impl DataConfig {
@@ -169,7 +205,9 @@ impl DataConfig {
             let difficulty = draw.weighted(&self.difficulties) as u8 + 1;
             // A task whose every draw is held out at this difficulty would give None; easier to try the next one.
             (difficulty..=MAX_DIFFICULTY)
-                .find_map(|difficulty| find(task, "train", self.seed, 4 * index + turn, difficulty, false))
+                .find_map(|difficulty| {
+                    training_problem(task, "train", self.seed, 4 * index + turn, difficulty, |_| true)
+                })
                 .map(|problem| {
                     let reply = problem.reply();
                     (problem.question, reply)
@@ -239,6 +277,25 @@ fn loosely(draw: &mut Draw, mut text: String) -> String {
     text
 }
 
+impl Source for Data {
+    fn example(&self, index: u64) -> Result<Example, DataError> {
+        self.tokens_of(&self.config.converse(&self.tasks, index))
+    }
+}
+
+/// A conversation in tokens; loss is taken on what the assistant says and on the token that ends it.
+///
+/// # Errors
+/// The tokenizer's.
+pub fn tokens_of(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Example, TokenizerError> {
+    let mut example = Example { ids: Vec::new(), loss: Vec::new() };
+    for (text, loss) in segments(messages) {
+        example.ids.extend(tokenizer::encode(tokenizer, &text)?);
+        example.loss.resize(example.ids.len(), loss);
+    }
+    Ok(example)
+}
+
 impl Data {
     /// # Errors
     /// What is wrong with the configuration, or with the tokenizer.
@@ -258,25 +315,12 @@ impl Data {
         &self.tokenizer
     }
 
-    /// The training example number `index`.
-    ///
-    /// # Errors
-    /// The tokenizer's.
-    pub fn example(&self, index: u64) -> Result<Example, DataError> {
-        self.tokens_of(&self.config.converse(&self.tasks, index))
-    }
-
     /// A conversation in tokens, with its loss mask.
     ///
     /// # Errors
     /// The tokenizer's.
     pub fn tokens_of(&self, messages: &[Message]) -> Result<Example, DataError> {
-        let mut example = Example { ids: Vec::new(), loss: Vec::new() };
-        for (text, loss) in segments(messages) {
-            example.ids.extend(tokenizer::encode(&self.tokenizer, &text)?);
-            example.loss.resize(example.ids.len(), loss);
-        }
-        Ok(example)
+        Ok(tokens_of(&self.tokenizer, messages)?)
     }
 
     /// The evaluation problem number `index` of a task, which no training example contains; `None` where the task has
@@ -288,7 +332,7 @@ impl Data {
         if !(1..=MAX_DIFFICULTY).contains(&difficulty) {
             return Err(DataError::Difficulty(difficulty));
         }
-        Ok(find(task, "eval", self.config.seed, index, difficulty, true))
+        Ok(find(task, "eval", self.config.seed, index, difficulty, is_held_out))
     }
 
     /// The tokens that ask the problem, up to where the assistant begins.

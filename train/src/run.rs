@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/tokenizer.json …            what turns text into ids, made first
-//! DIR/metrics.jsonl, loss.svg     how it went
+//! DIR/metrics.jsonl, loss.svg     how it went; eval.jsonl where there are evaluations
 //! DIR/checkpoints/step-00000400/  weights (f32), optimizer.safetensors, run.json: all that a resumption needs
 //! DIR/model.safetensors …         the finished model, bf16
 //! ```
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use m1_model::checkpoint::{self, LoadOptions, SaveOptions, WeightDtype};
 use m1_model::model::M1;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataConfig;
@@ -24,13 +25,13 @@ use crate::optimizer::{OptimizerError, OptimizerSettings};
 use crate::schedule::Schedule;
 use crate::trainer::{TrainError, Trainer};
 
-/// What decides a run's result; kept in every checkpoint.
+/// What decides a run's result; kept in every checkpoint. `D` says where the examples come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// Seed of the weights.
+pub struct Settings<D = DataConfig> {
+    /// Seed of what is drawn: weights, order.
     pub seed: u64,
     /// What the examples are made from.
-    pub data: DataConfig,
+    pub data: D,
     /// Steps in all, unless `minutes` ends the run.
     pub steps: Option<u64>,
     /// Minutes of training in all. The learning rate then follows the clock, and the result is not reproducible to the bit.
@@ -56,15 +57,27 @@ pub struct Progress {
     pub tokens: u64,
     /// Seconds of training.
     pub elapsed_s: f64,
+    /// Evaluations so far, where there are any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evaluations: Vec<Evaluated>,
+}
+
+/// One evaluation during a run; a line of `eval.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// Steps done.
+    pub step: u64,
+    /// Mean cross-entropy of the assistant's tokens in the evaluation set, in nats.
+    pub loss: f64,
 }
 
 /// `run.json` of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RunState {
+pub struct RunState<D = DataConfig> {
     /// How far it has come.
     pub progress: Progress,
     /// With what.
-    pub settings: Settings,
+    pub settings: Settings<D>,
 }
 
 /// What can go wrong with a run's directory.
@@ -78,8 +91,8 @@ pub enum RunError {
         /// What the system said.
         source: io::Error,
     },
-    /// `run.json` is not what this program writes.
-    #[error("{path}: {source}")]
+    /// `run.json` is not what this command writes.
+    #[error("{path}: not a run of this command: {source}")]
     State {
         /// The path.
         path: String,
@@ -106,7 +119,7 @@ pub fn checkpoints(out: &Path) -> PathBuf {
 }
 
 /// Writes a checkpoint and removes those before it; gives its folder.
-pub fn save(out: &Path, trainer: &Trainer, state: &RunState) -> Result<PathBuf, RunError> {
+pub fn save<D: Serialize>(out: &Path, trainer: &Trainer, state: &RunState<D>) -> Result<PathBuf, RunError> {
     let folder = checkpoints(out);
     let name = format!("step-{:08}", state.progress.step);
     let partial = folder.join(format!(".{name}.partial"));
@@ -150,7 +163,7 @@ fn set_aside(complete: &Path, step: u64) -> Result<(), RunError> {
 }
 
 /// The run's last complete checkpoint, if it has one.
-pub fn latest(out: &Path) -> Result<Option<(PathBuf, RunState)>, RunError> {
+pub fn latest<D: DeserializeOwned>(out: &Path) -> Result<Option<(PathBuf, RunState<D>)>, RunError> {
     let Some((_, folder)) = list(out)?.pop() else {
         return Ok(None);
     };
@@ -168,7 +181,12 @@ pub fn load_model(folder: &Path, device: &Device) -> Result<M1, RunError> {
 }
 
 /// A trainer as a checkpoint left it.
-pub fn load_trainer(folder: &Path, state: &RunState, threads: usize, device: &Device) -> Result<Trainer, RunError> {
+pub fn load_trainer<D>(
+    folder: &Path,
+    state: &RunState<D>,
+    threads: usize,
+    device: &Device,
+) -> Result<Trainer, RunError> {
     let settings = &state.settings;
     let model = load_model(folder, device)?;
     let (micro, step) = (settings.micro_tokens, state.progress.step);

@@ -18,7 +18,8 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 pub const CHAT_TEMPLATE: &str = include_str!("../assets/chat_template.jinja");
 
 /// M1's markers, hidden when text is decoded for people.
-const SPECIAL: [&str; 4] = ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"];
+pub(crate) const SPECIAL: [&str; 4] =
+    ["<begin_of_document>", "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>"];
 
 /// Tags that are one token each and stay visible.
 const TAGS: [&str; 4] = ["<think>", "</think>", "<tool_calls>", "</tool_calls>"];

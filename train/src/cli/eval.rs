@@ -14,7 +14,7 @@ use m1_infer::tokenizer::Tokenizer;
 use m1_model::checkpoint::{self, Bits, LoadOptions, Quantization, WeightDtype};
 use m1_model::device::DeviceChoice;
 
-use crate::cli::pretrain::load_tokenizer;
+use crate::cli::run_args::load_tokenizer;
 use crate::cli::{count, up_to, whole};
 use crate::data::{Data, DataConfig};
 use crate::eval::{EvalSettings, Mode, Subject, evaluate, markdown};
@@ -179,7 +179,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Writes a file whole or not at all; what is no regular file (a pipe, a device) is written into, never replaced.
-fn write(path: &Path, text: &str) -> std::io::Result<()> {
+pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
     let path = match fs::metadata(path) {
         Ok(found) if !found.is_file() => return File::options().write(true).open(path)?.write_all(text.as_bytes()),
         Ok(_) => path.canonicalize()?,
@@ -191,7 +191,7 @@ fn write(path: &Path, text: &str) -> std::io::Result<()> {
     fs::rename(&partial, &path)
 }
 
-fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task>> {
+pub(crate) fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task>> {
     if names.is_empty() {
         return Ok(tasks::all().to_vec());
     }
@@ -204,7 +204,7 @@ fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task
 }
 
 /// `3`, `1..5` (both ends included) or `1,3,5`; each from 1 to 10 and only once.
-fn difficulties(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn difficulties(text: &str) -> Option<Vec<u8>> {
     let number = |s: &str| s.trim().parse::<u8>().ok().filter(|d| (1..=10).contains(d));
     match text.split_once("..") {
         Some((low, high)) => {

@@ -8,7 +8,10 @@ use m1_infer::cli::parse;
 pub mod bench;
 pub mod eval;
 pub mod pretrain;
+pub mod problems;
 pub mod report;
+mod run_args;
+pub mod sft;
 
 /// Train and evaluate models of the MiniMax-M1 architecture.
 #[derive(Debug, Parser)]
@@ -21,6 +24,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Pretrain(pretrain::Args),
+    Sft(sft::Args),
+    Problems(problems::Args),
     Eval(eval::Args),
     Report(report::Args),
     Bench(bench::Args),
@@ -35,6 +40,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
     };
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
+        Command::Sft(args) => sft::run(args),
+        Command::Problems(args) => problems::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Report(args) => report::run(args),
         Command::Bench(args) => bench::run(args),

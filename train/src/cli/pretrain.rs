@@ -1,26 +1,20 @@
 //! `m1-train pretrain`: a model from nothing, on conversations that this crate makes itself.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::tensor::Device;
 use m1_model::config::ModelConfig;
-use m1_model::device::DeviceChoice;
 use m1_model::model::M1;
-use tokenizers::Tokenizer;
 
-use crate::cli::{count, up_to, whole};
+use crate::cli::run_args::{Rates, RunArgs, load_tokenizer, not_negative, positive, refuse_a_model, stop_on_signal};
+use crate::cli::{count, whole};
 use crate::data::{Data, DataConfig};
-use crate::optimizer::OptimizerSettings;
-use crate::pretrain::{Ended, Pace, done, pretrain};
 use crate::run::{self, Progress, RunState, Settings};
-use crate::schedule::Schedule;
+use crate::supervised::{done, train};
 use crate::tokenizer;
 use crate::trainer::Trainer;
 
@@ -28,9 +22,6 @@ use crate::trainer::Trainer;
 const TOKENIZER_CONVERSATIONS: u64 = 20_000;
 /// Its entries, at most.
 const TOKENIZER_ENTRIES: usize = 1280;
-
-/// Tokens of the parts that a step is split into.
-pub(crate) const MICRO_TOKENS: u64 = 1536;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -47,9 +38,6 @@ A run of --steps gives the same weights to the bit however often it is stopped a
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Directory of the run: checkpoints, metrics and the finished model
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
     /// Size of the model: nano, small or base [default: nano]
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     preset: Option<String>,
@@ -62,72 +50,49 @@ pub struct Args {
     /// Minutes of training in all, resumptions together
     #[arg(long, value_name = "M", allow_negative_numbers = true, value_parser = positive)]
     minutes: Option<f64>,
-    /// Tokens that each step reads, about [default: 6144]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count)]
-    batch_tokens: Option<u64>,
-    /// Tokens of the parts that a step is split into, worked on side by side [default: 1536]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count)]
-    micro_tokens: Option<u64>,
     /// Highest learning rate [default: 0.002]
     #[arg(long, value_name = "RATE", allow_negative_numbers = true, value_parser = positive)]
     lr: Option<f64>,
     /// Steps of linear warm-up [default: 100]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole)]
     warmup: Option<u64>,
-    /// Decoupled weight decay of matrices [default: 0.1]
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
-    weight_decay: Option<f64>,
-    /// Largest norm of the whole gradient; 0 never clips [default: 1]
-    #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
-    clip: Option<f64>,
     /// Weight of the router's auxiliary loss, kept in config.json [default: the configuration's]
     #[arg(long, value_name = "X", allow_negative_numbers = true, value_parser = not_negative)]
     router_aux_loss_coef: Option<f64>,
     /// Seed of weights and examples [default: 1]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole)]
     seed: Option<u64>,
-    /// Go on from the run's last checkpoint
-    #[arg(long)]
-    resume: bool,
-    /// Steps between checkpoints
-    #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true, value_parser = count)]
-    save_every: u64,
-    /// Steps between lines on stderr where it is not a terminal
-    #[arg(long, value_name = "N", default_value_t = 25, allow_negative_numbers = true, value_parser = count)]
-    log_every: u64,
-    /// Threads, each on its own part of a step; never changes the result [default: one a core]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = up_to::<1024>)]
-    threads: Option<u64>,
-    /// auto, cuda[:n], wgpu[:n] or cpu
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: DeviceChoice,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let open = args.device.open()?;
-    let threads = match args.threads {
-        Some(n) => n as usize,
-        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-    };
+    let open = args.run.device.open()?;
+    let threads = args.run.threads();
     eprintln!("device: {}", open.name);
     let device = open.device;
-    let checkpoint = run::latest(&args.out)?;
-    let (mut state, mut trainer) = match (&checkpoint, args.resume) {
+    let out = &args.run.out;
+    let checkpoint = run::latest(out)?;
+    let (mut state, mut trainer) = match (&checkpoint, args.run.resume) {
         (Some((folder, saved)), true) => resume(&args, folder, saved, threads, &device)?,
-        (Some((_, saved)), false) => bail!(
-            "--out {}: holds a run at step {}; add --resume to go on with it, or name another directory",
-            args.out.display(),
-            saved.progress.step
-        ),
+        (Some((_, saved)), false) => return Err(args.run.refuse_run(&saved.progress)),
         (None, resume) => {
             if resume {
-                eprintln!("{}: no checkpoint yet, starting at step 0", args.out.display());
+                eprintln!("{}: no checkpoint yet, starting at step 0", out.display());
             }
             start(&args, threads, &device)?
         }
     };
-    let data = Data::new(state.settings.data.clone(), load_tokenizer(&args.out)?)?;
+    let data = Data::new(state.settings.data.clone(), load_tokenizer(out)?)?;
+    describe(&trainer, &state, threads);
+    let stop = stop_on_signal("stopping after this step; once more to leave without saving")?;
+    let ended = train(out, &mut trainer, &mut state, &data, None, args.run.pace(), &stop)?;
+    Ok(args.run.tell(ended, &state.progress))
+}
+
+/// Says what is about to be trained.
+pub(crate) fn describe<D>(trainer: &Trainer, state: &RunState<D>, threads: usize) {
     let config = trainer.model().config();
     eprintln!(
         "{:.2} M parameters, {} layers, vocabulary {}, {} threads; step {} ({:.0} % done)",
@@ -136,82 +101,40 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         config.vocab_size,
         threads,
         state.progress.step,
-        done(&state) * 100.0,
+        done(state) * 100.0,
     );
+}
 
-    let stop = stop_on_signal("stopping after this step; once more to leave without saving")?;
-    let pace = Pace { save_every: args.save_every, log_every: args.log_every };
-    let ended = pretrain(&args.out, &mut trainer, &mut state, &data, pace, &stop)?;
-    let p = &state.progress;
-    match ended {
-        Ended::Finished => {
-            println!(
-                "{}: finished model, {} steps, {} tokens, {:.1} minutes",
-                args.out.display(),
-                p.step,
-                p.tokens,
-                p.elapsed_s / 60.0
-            );
-            Ok(ExitCode::SUCCESS)
-        }
-        Ended::Interrupted => {
-            eprintln!("stopped at step {} and saved; the same command with --resume goes on", p.step);
-            Ok(ExitCode::from(130))
-        }
+impl Args {
+    fn rates(&self) -> Rates {
+        Rates { seed: self.seed, lr: self.lr, warmup: self.warmup }
     }
 }
 
 /// A new run: tokenizer, configuration, random weights.
 fn start(args: &Args, threads: usize, device: &Device) -> anyhow::Result<(RunState, Trainer)> {
+    let data = DataConfig { seed: args.seed.unwrap_or(1), ..DataConfig::default() };
     let settings = Settings {
-        seed: args.seed.unwrap_or(1),
-        data: DataConfig { seed: args.seed.unwrap_or(1), ..DataConfig::default() },
         steps: args.steps.or(args.minutes.is_none().then_some(3000)),
         minutes: args.minutes,
-        batch_tokens: args.batch_tokens.unwrap_or(6144) as usize,
-        micro_tokens: args.micro_tokens.unwrap_or(MICRO_TOKENS) as usize,
-        schedule: Schedule { peak: args.lr.unwrap_or(2e-3), warmup: args.warmup.unwrap_or(100) },
-        optimizer: OptimizerSettings {
-            weight_decay: args.weight_decay.unwrap_or(0.1) as f32,
-            clip: args.clip.unwrap_or(1.0),
-            ..OptimizerSettings::default()
-        },
+        ..args.run.settings(data, args.rates(), 2e-3, 100)
     };
+    let out = &args.run.out;
     // Mistakes come to light before anything is made or written.
     let wanted = wanted_config(args)?;
-    refuse_a_model(&args.out)?;
-    fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
-    if !args.out.join("tokenizer.json").exists() {
+    refuse_a_model(out)?;
+    fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
+    if !out.join("tokenizer.json").exists() {
         eprintln!("making the tokenizer");
         let made = tokenizer::train(&settings.data, TOKENIZER_CONVERSATIONS, TOKENIZER_ENTRIES)?;
-        tokenizer::save(&made, &args.out)?;
+        tokenizer::save(&made, out)?;
     }
-    let config = fit_to_tokenizer(wanted, &args.out)?;
+    let config = fit_to_tokenizer(wanted, out)?;
     device.seed(settings.seed);
     let model = M1::new(&config, device).materialize();
     let trainer = Trainer::new(model, settings.optimizer, settings.micro_tokens, threads, 0)?;
     let state = RunState { progress: Progress::default(), settings };
     Ok((state, trainer))
-}
-
-/// A new run's folder may hold a tokenizer, but no model: the run would end up in its place.
-fn refuse_a_model(out: &Path) -> anyhow::Result<()> {
-    let entries = match fs::read_dir(out) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e).with_context(|| format!("--out {}", out.display())),
-    };
-    for entry in entries {
-        let name = entry.with_context(|| format!("--out {}", out.display()))?.file_name();
-        let name = name.to_string_lossy();
-        if name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
-            bail!(
-                "--out {}: holds a model ({name}) without a checkpoint to resume from; name another directory",
-                out.display()
-            );
-        }
-    }
-    Ok(())
 }
 
 /// An old run. What decides its result stays as it was; a flag that says otherwise is a mistake worth a line.
@@ -223,28 +146,16 @@ fn resume(
     device: &Device,
 ) -> anyhow::Result<(RunState, Trainer)> {
     let s = &saved.settings;
-    let float = |v: Option<u64>| v.map(|v| v as f64);
-    for (flag, given, was) in [
-        ("--seed", float(args.seed), s.seed as f64),
-        ("--batch-tokens", float(args.batch_tokens), s.batch_tokens as f64),
-        ("--micro-tokens", float(args.micro_tokens), s.micro_tokens as f64),
-        ("--lr", args.lr, s.schedule.peak),
-        ("--warmup", float(args.warmup), s.schedule.warmup as f64),
-        ("--weight-decay", args.weight_decay.map(|x| f64::from(x as f32)), s.optimizer.weight_decay.into()),
-        ("--clip", args.clip, s.optimizer.clip),
-    ] {
-        if let Some(given) = given.filter(|&g| g != was) {
-            bail!("{flag} {given}: the run in {} has {was}; leave the flag out to go on with it", args.out.display());
-        }
-    }
+    args.run.refuse_changes(args.rates(), s)?;
+    let out = &args.run.out;
     let p = &saved.progress;
     if let Some(steps) = args.steps.filter(|&n| n < p.step) {
-        bail!("--steps {steps}: the run in {} is past it, at step {}; give more", args.out.display(), p.step);
+        bail!("--steps {steps}: the run in {} is past it, at step {}; give more", out.display(), p.step);
     }
     // The minutes that a run was started with are always over when it has ended; that is no mistake.
     if let Some(minutes) = args.minutes.filter(|&m| m * 60.0 < p.elapsed_s && s.minutes != Some(m)) {
         let spent = p.elapsed_s / 60.0;
-        bail!("--minutes {minutes}: the run in {} is past it, at {spent:.1} minutes; give more", args.out.display());
+        bail!("--minutes {minutes}: the run in {} is past it, at {spent:.1} minutes; give more", out.display());
     }
     let mut state = saved.clone();
     // The length may change: a longer run is a wish people have, and the schedule simply follows.
@@ -253,12 +164,12 @@ fn resume(
     }
     let trainer = run::load_trainer(folder, &state, threads, device)?;
     if args.preset.is_some() || args.config.is_some() || args.router_aux_loss_coef.is_some() {
-        let wanted = fit_to_tokenizer(wanted_config(args)?, &args.out)?;
+        let wanted = fit_to_tokenizer(wanted_config(args)?, out)?;
         let sizes = |c: &ModelConfig| ModelConfig { extra: Default::default(), ..c.clone() };
         if sizes(&wanted) != sizes(trainer.model().config()) {
             bail!(
                 "--preset, --config, --router-aux-loss-coef: the run in {} has another configuration; leave them out",
-                args.out.display()
+                out.display()
             );
         }
     }
@@ -289,37 +200,4 @@ fn fit_to_tokenizer(mut config: ModelConfig, folder: &Path) -> anyhow::Result<Mo
     }
     config.validate()?;
     Ok(config)
-}
-
-/// Reads the tokenizer of a model's folder.
-pub(crate) fn load_tokenizer(folder: &Path) -> anyhow::Result<Tokenizer> {
-    let path = folder.join("tokenizer.json");
-    Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
-}
-
-/// Set by the first Ctrl-C (or a termination signal), which says `what` follows; the second one ends the process at once.
-pub(crate) fn stop_on_signal(what: &'static str) -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\n{what}");
-    })?;
-    Ok(stop)
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(x) if x > 0.0 && x.is_finite() => Ok(x),
-        _ => Err("expected a number above 0".into()),
-    }
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(x) if x >= 0.0 && x.is_finite() => Ok(x),
-        _ => Err("expected a number, 0 or above".into()),
-    }
 }

@@ -1,16 +1,19 @@
-//! The pretraining loop: read, step, write down, now and then save.
+//! The loop of pretraining and supervised fine-tuning: read, step, write down, now and then evaluate and save.
 
+use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use m1_model::checkpoint::WeightDtype;
+use serde::Serialize;
 
-use crate::data::{Data, DataError, Example};
+use crate::data::{DataError, Example, Source};
+use crate::eval_loss::EvalSet;
 use crate::metrics::{MetricsLog, StepMetrics};
 use crate::plot::{self, PlotError};
-use crate::run::{self, RunError, RunState, io_error};
+use crate::run::{self, Evaluated, RunError, RunState, io_error};
 use crate::trainer::{TrainError, Trainer};
 
 /// How a run ended.
@@ -24,7 +27,7 @@ pub enum Ended {
 
 /// What can end a run before its time.
 #[derive(Debug, thiserror::Error)]
-pub enum PretrainError {
+pub enum SupervisedError {
     /// A step failed.
     #[error(transparent)]
     Train(#[from] TrainError),
@@ -49,20 +52,26 @@ pub struct Pace {
 }
 
 /// Trains until the settings' steps or minutes are reached, `stop` is set or something fails.
-pub fn pretrain(
+///
+/// With an evaluation set, its loss is measured before the first step, every so many steps and at the end.
+pub fn train<D: Serialize>(
     out: &Path,
     trainer: &mut Trainer,
-    state: &mut RunState,
-    data: &Data,
+    state: &mut RunState<D>,
+    source: &dyn Source,
+    eval: Option<&EvalSet>,
     pace: Pace,
     stop: &AtomicBool,
-) -> Result<Ended, PretrainError> {
+) -> Result<Ended, SupervisedError> {
     let log_path = out.join("metrics.jsonl");
     let log_error = io_error(&log_path);
     let mut log = MetricsLog::open(&log_path, state.progress.step).map_err(&log_error)?;
     let bar = Bar::new(state, pace.log_every);
     let before = state.progress.elapsed_s;
     let start = Instant::now();
+    if let Some(eval) = eval.filter(|_| state.progress.step == 0) {
+        evaluate(out, trainer, state, eval, &bar)?;
+    }
     while done(state) < 1.0 {
         if stop.load(Ordering::Relaxed) {
             bar.clear();
@@ -71,7 +80,7 @@ pub fn pretrain(
         }
         let step_start = Instant::now();
         let lr = state.settings.schedule.rate(state.progress.step, done(state));
-        let examples = next_examples(state, data)?;
+        let examples = next_examples(state, source)?;
         let report = trainer.step(&examples, lr)?;
         let progress = &mut state.progress;
         progress.step = trainer.steps();
@@ -92,6 +101,9 @@ pub fn pretrain(
         };
         log.push(metrics).map_err(&log_error)?;
         bar.show(state, log.history());
+        if let Some(eval) = eval.filter(|e| state.progress.step.is_multiple_of(e.every) || done(state) >= 1.0) {
+            evaluate(out, trainer, state, eval, &bar)?;
+        }
         if state.progress.step.is_multiple_of(pace.save_every) && done(state) < 1.0 {
             checkpoint(out, trainer, state, &log)?;
         }
@@ -103,25 +115,74 @@ pub fn pretrain(
 }
 
 /// The part of the run that lies behind, 0 to 1.
-pub fn done(state: &RunState) -> f64 {
+pub fn done<D>(state: &RunState<D>) -> f64 {
     let by_steps = state.settings.steps.map(|n| state.progress.step as f64 / n.max(1) as f64);
     let by_time = state.settings.minutes.map(|m| state.progress.elapsed_s / (m * 60.0));
     by_steps.unwrap_or(0.0).max(by_time.unwrap_or(0.0)).min(1.0)
 }
 
-/// Examples until the step's tokens are reached: always at least one.
-fn next_examples(state: &RunState, data: &Data) -> Result<Vec<Example>, DataError> {
+/// Whether a step of `batch_tokens` that holds `tokens` so far takes one more example.
+fn takes_more(tokens: usize, batch_tokens: usize) -> bool {
+    tokens < batch_tokens.max(1)
+}
+
+/// Examples until the step's tokens or the source's end are reached: at least one, if there is one.
+fn next_examples<D>(state: &RunState<D>, source: &dyn Source) -> Result<Vec<Example>, DataError> {
     let mut examples = Vec::new();
     let mut tokens = 0;
-    while tokens < state.settings.batch_tokens.max(1) {
-        let next = data.example(state.progress.example + examples.len() as u64)?;
+    while takes_more(tokens, state.settings.batch_tokens) {
+        let index = state.progress.example + examples.len() as u64;
+        if source.limit().is_some_and(|limit| index >= limit) {
+            break;
+        }
+        let next = source.example(index)?;
         tokens += next.ids.len();
         examples.push(next);
     }
     Ok(examples)
 }
 
-fn checkpoint(out: &Path, trainer: &Trainer, state: &RunState, log: &MetricsLog) -> Result<(), PretrainError> {
+/// How many steps the loop makes of examples whose numbers of tokens are these.
+pub fn steps_of(lengths: impl Iterator<Item = usize>, batch_tokens: usize) -> u64 {
+    let (mut steps, mut tokens) = (0, usize::MAX);
+    for length in lengths {
+        if !takes_more(tokens, batch_tokens) {
+            (steps, tokens) = (steps + 1, 0);
+        }
+        tokens += length;
+    }
+    steps
+}
+
+/// Measures the loss on the evaluation set, tells it and writes `eval.jsonl` anew, which so never holds a step that
+/// a resumed run has yet to do.
+fn evaluate<D>(
+    out: &Path,
+    trainer: &Trainer,
+    state: &mut RunState<D>,
+    eval: &EvalSet,
+    bar: &Bar,
+) -> Result<(), SupervisedError> {
+    let step = state.progress.step;
+    let loss = eval.loss(trainer.model());
+    bar.bar.suspend(|| eprintln!("step {step}  evaluation loss {loss:.4}  perplexity {:.3}", loss.exp()));
+    state.progress.evaluations.push(Evaluated { step, loss });
+    let lines = state.progress.evaluations.iter().map(serde_json::to_string);
+    let path = out.join("eval.jsonl");
+    let named = io_error(&path);
+    let text = lines.map(|line| line.map(|line| line + "\n")).collect::<Result<String, _>>();
+    let partial = path.with_extension("jsonl.partial");
+    let text = text.map_err(|e| named(e.into()))?;
+    fs::write(&partial, text).and_then(|()| fs::rename(&partial, &path)).map_err(named)?;
+    Ok(())
+}
+
+fn checkpoint<D: Serialize>(
+    out: &Path,
+    trainer: &Trainer,
+    state: &RunState<D>,
+    log: &MetricsLog,
+) -> Result<(), SupervisedError> {
     run::save(out, trainer, state)?;
     let config = trainer.model().config();
     let title = format!(
@@ -141,7 +202,7 @@ struct Bar {
 impl Bar {
     const PARTS: u64 = 10_000;
 
-    fn new(state: &RunState, log_every: u64) -> Self {
+    fn new<D>(state: &RunState<D>, log_every: u64) -> Self {
         let bar = ProgressBar::with_draw_target(Some(Self::PARTS), ProgressDrawTarget::stderr());
         let style = ProgressStyle::with_template("{bar:30.cyan/dim} {percent:>3}% {msg}");
         if let Ok(style) = style {
@@ -151,7 +212,7 @@ impl Bar {
         Self { bar, log_every }
     }
 
-    fn show(&self, state: &RunState, history: &[StepMetrics]) {
+    fn show<D>(&self, state: &RunState<D>, history: &[StepMetrics]) {
         let Some(last) = history.last() else { return };
         // A mean over some steps: single ones jump with what the batch happens to hold.
         let recent = &history[history.len().saturating_sub(20)..];
@@ -180,5 +241,25 @@ impl Bar {
 
     fn clear(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_counted_as_they_are_made() {
+        for (lengths, batch, steps) in [
+            (&[][..], 10, 0),
+            (&[1], 10, 1),
+            (&[10, 10, 10], 10, 3),
+            (&[9, 9, 9], 10, 2),
+            (&[4, 4, 4, 4], 10, 2),
+            (&[50, 1, 1], 10, 2),
+            (&[3, 3], 0, 2),
+        ] {
+            assert_eq!(steps_of(lengths.iter().copied(), batch), steps, "{lengths:?} in {batch}");
+        }
     }
 }
