@@ -5,6 +5,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
 
 /// How to sample. The defaults are MiniMax-M1's own: temperature 1.0, top_p 0.95.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,7 +31,7 @@ impl Default for SamplingOptions {
 }
 
 /// What is wrong with the options or with the logits.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum SamplerError {
     /// A setting outside its range.
     #[error("{name} is {value}, and must be {range}")]
@@ -88,7 +89,8 @@ pub struct Sampled {
 #[derive(Debug, Clone)]
 pub struct Sampler {
     options: SamplingOptions,
-    allowed: Option<Vec<bool>>,
+    /// Shared by the sampler's clones.
+    allowed: Option<Arc<[bool]>>,
     rng: ChaCha8Rng,
     seed: u64,
     candidates: Vec<(u32, f32)>,
@@ -99,6 +101,7 @@ impl Sampler {
     pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
         options.validate()?;
         let seed = options.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
+        let allowed = allowed.map(Arc::from);
         Ok(Self { options, allowed, rng: ChaCha8Rng::seed_from_u64(seed), seed, candidates: Vec::new() })
     }
 
