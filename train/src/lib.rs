@@ -3,13 +3,15 @@
 pub mod cli;
 pub mod conversation;
 pub mod data;
-pub mod decode;
 pub mod eval;
+pub mod generate;
 pub mod metrics;
+pub mod mismatch;
 pub mod optimizer;
 pub mod parameters;
 pub mod plot;
 pub mod pretrain;
+pub mod rollout;
 pub mod run;
 pub mod schedule;
 pub mod small_talk;
