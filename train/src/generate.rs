@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use m1_infer::batching::{BatchSettings, Batcher, Event, Request, RequestId};
 use m1_infer::engine::{EngineError, Finish};
 use m1_infer::sampler::{Sampler, SamplerError, SamplingOptions};
+use m1_kernels::base::pool;
 use m1_model::model::M1;
 use serde::{Deserialize, Serialize};
 
@@ -131,7 +132,8 @@ pub fn generate(
     // As many workers as have something to do, with rows that leave none of them idle.
     let workers = pools.len().clamp(1, units.len().max(1));
     let rows = options.rows.max(1).div_ceil(workers).min(replies.div_ceil(workers)).max(1);
-    let shared = Shared { model, prompts, options, sampler, units, rows, next: AtomicUsize::new(0), done };
+    let (next, busy) = (AtomicUsize::new(0), AtomicUsize::new(workers));
+    let shared = Shared { model, prompts, options, sampler, units, rows, next, busy, done };
     let made = match pools {
         [] => vec![shared.work()],
         pools => in_parallel(pools, workers, |_| shared.work()),
@@ -195,6 +197,8 @@ struct Shared<'a> {
     /// Rows of each worker.
     rows: usize,
     next: AtomicUsize,
+    /// Workers that have not finished. They share the kernels' threads: a helper of one would take a core from another.
+    busy: AtomicUsize,
     done: &'a (dyn Fn(usize, &Reply) + Sync),
 }
 
@@ -202,6 +206,7 @@ impl Shared<'_> {
     /// One worker: takes units until there are none.
     fn work(&self) -> Result<Vec<(Place, Reply)>, GenerateError> {
         let result = Worker { shared: self, running: HashMap::new(), units: HashMap::new(), made: Vec::new() }.run();
+        self.busy.fetch_sub(1, Ordering::Relaxed);
         if result.is_err() {
             self.next.store(self.units.len(), Ordering::Relaxed); // the others need not begin anything more
         }
@@ -233,7 +238,7 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn run(mut self) -> Result<Vec<(Place, Reply)>, GenerateError> {
-        let Shared { model, options, units, rows, next, .. } = self.shared;
+        let Shared { model, options, units, rows, next, busy, .. } = self.shared;
         let context = options.context.unwrap_or(model.config().max_position_embeddings);
         let mut batcher = Batcher::new(model, BatchSettings::new(*rows, context));
         loop {
@@ -250,7 +255,8 @@ impl Worker<'_> {
             if batcher.is_idle() {
                 return Ok(self.made);
             }
-            self.step(&mut batcher)?;
+            let threads = pool::threads() / busy.load(Ordering::Relaxed).max(1);
+            pool::with_threads(threads, || self.step(&mut batcher))?;
         }
     }
 
