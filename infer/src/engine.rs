@@ -2,6 +2,7 @@
 //! it continues where its cache agrees with the ids handed in. Lightning state cannot be trimmed, so the session
 //! keeps a snapshot at the end of every prompt read, and goes back to the longest that is still right.
 
+use crate::batching::pieces::piece_end;
 use crate::sampler::{Sampled, Sampler, SamplerError, log_probs};
 use burn::tensor::{Device, Tensor};
 use m1_model::{Batch, Cache, M1, ModelConfig, Snapshot, Trace};
@@ -13,7 +14,7 @@ pub(crate) const PREFILL_CHUNK: usize = 512;
 const SNAPSHOTS: usize = 4;
 
 /// Why the engine can't go on. The session stays as it was, or holds a part of the prompt.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum EngineError {
     /// Nothing to continue from.
     #[error("the prompt is empty: at least one token is needed")]
@@ -39,6 +40,14 @@ pub enum EngineError {
     /// The caller asked to stop during the prefill.
     #[error("stopped while reading the prompt")]
     Interrupted,
+    /// A prefix that is no beginning of its prompt.
+    #[error("the prefix has {prefix} tokens, and the prompt of {tokens} tokens does not begin with them")]
+    Prefix {
+        /// Tokens of the prefix.
+        prefix: usize,
+        /// Tokens of the prompt.
+        tokens: usize,
+    },
     /// Nothing can be drawn.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
@@ -162,17 +171,17 @@ impl Session<'_> {
             return Err(EngineError::Context { tokens: ids.len(), context });
         }
         let cached = self.rewind(ids);
-        let new = &ids[cached..];
-        let mut read = 0;
-        for chunk in new.chunks(PREFILL_CHUNK) {
-            if !go_on(read, new.len()) {
+        let (mut start, computed) = (cached, ids.len() - cached);
+        while start < ids.len() {
+            if !go_on(start - cached, computed) {
                 return Err(EngineError::Interrupted);
             }
-            read += chunk.len();
-            self.forward(chunk, read == new.len())?;
+            let end = piece_end(start, ids.len(), PREFILL_CHUNK);
+            self.forward(&ids[start..end], end == ids.len())?;
+            start = end;
         }
         self.keep();
-        Ok(Prefill { cached, computed: new.len() })
+        Ok(Prefill { cached, computed })
     }
 
     /// Draws ids until the model ends its turn, `max_new` are made, the context is full or `on_id` returns false.

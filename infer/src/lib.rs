@@ -10,6 +10,7 @@ macro_rules! note {
 }
 
 pub mod assets;
+pub mod batching;
 pub mod chat;
 pub mod cli;
 pub mod engine;
@@ -26,6 +27,7 @@ pub mod think;
 pub mod tokenizer;
 
 pub use assets::{Assets, LoadSettings};
+pub use batching::{BatchSettings, Batcher};
 pub use chat::Chat;
 pub use engine::{Engine, Session};
 pub use m1_model::device::DeviceChoice;

@@ -5,6 +5,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
 
 /// How to sample. The defaults are MiniMax-M1's own: temperature 1.0, top_p 0.95.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,7 +31,7 @@ impl Default for SamplingOptions {
 }
 
 /// What is wrong with the options or with the logits.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum SamplerError {
     /// A setting outside its range.
     #[error("{name} is {value}, and must be {range}")]
@@ -88,10 +89,13 @@ pub struct Sampled {
 #[derive(Debug, Clone)]
 pub struct Sampler {
     options: SamplingOptions,
-    allowed: Option<Vec<bool>>,
+    /// Shared by the sampler's clones.
+    allowed: Option<Arc<[bool]>>,
     rng: ChaCha8Rng,
     seed: u64,
     candidates: Vec<(u32, f32)>,
+    /// `e^(logit - largest)` of every id: the log-probability needs them, and most draws too.
+    exps: Vec<f32>,
 }
 
 impl Sampler {
@@ -99,7 +103,15 @@ impl Sampler {
     pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
         options.validate()?;
         let seed = options.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
-        Ok(Self { options, allowed, rng: ChaCha8Rng::seed_from_u64(seed), seed, candidates: Vec::new() })
+        let allowed = allowed.map(Arc::from);
+        Ok(Self {
+            options,
+            allowed,
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            seed,
+            candidates: Vec::new(),
+            exps: Vec::new(),
+        })
     }
 
     /// The seed in use, also when it was not given.
@@ -145,9 +157,13 @@ impl Sampler {
         if self.candidates.is_empty() {
             return Err(SamplerError::NothingAllowed { allowed: 0, vocab: logits.len() });
         }
+        let max = largest(logits);
+        self.exps.clear();
+        self.exps.extend(logits.iter().map(|&l| (l - max).exp()));
+        let norm = f64::from(max) + self.exps.iter().map(|&e| f64::from(e)).sum::<f64>().ln();
         self.penalise(logits.len(), text);
-        let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw() };
-        Ok(Sampled { id, log_prob: log_prob(logits, id), draw_log_prob })
+        let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw(max) };
+        Ok(Sampled { id, log_prob: (f64::from(logits[id as usize]) - norm) as f32, draw_log_prob })
     }
 
     fn penalise(&mut self, vocab: usize, text: &[u32]) {
@@ -174,8 +190,9 @@ impl Sampler {
         best.map_or(0, |(id, _)| id)
     }
 
-    fn draw(&mut self) -> (u32, f32) {
-        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
+    /// `all_max` is the largest of all raw logits.
+    fn draw(&mut self, all_max: f32) -> (u32, f32) {
+        let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, .. } = self.options;
         let c = &mut self.candidates;
         // Likeliest first and, of equals, lowest id first: the order must not depend on the sort.
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -184,11 +201,14 @@ impl Sampler {
             c.truncate(top_k);
         }
         let max = c.iter().fold(f32::NEG_INFINITY, |m, x| m.max(x.1));
-        for x in c.iter_mut() {
-            x.1 = ((x.1 - max) / temperature).exp(); // weights, the largest is 1
+        // Weights, the largest is 1; often those that are there already, to the bit.
+        if temperature == 1.0 && repetition_penalty == 1.0 && max == all_max {
+            c.iter_mut().for_each(|x| x.1 = self.exps[x.0 as usize]);
+        } else {
+            c.iter_mut().for_each(|x| x.1 = ((x.1 - max) / temperature).exp());
         }
-        let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
         if top_p < 1.0 {
+            let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
             // All ids lighter than this together weigh less than 1 - top_p: none of them is in the nucleus, and
             // 200 K of them need no sorting.
             let floor = ((1.0 - f64::from(top_p)) * total / c.len() as f64) as f32;
@@ -231,8 +251,12 @@ pub fn log_probs(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
 }
 
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l))
+}
+
 fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l));
+    let max = largest(logits);
     let sum: f64 = logits.iter().map(|&l| f64::from((l - max).exp())).sum();
     f64::from(max) + sum.ln()
 }
@@ -350,6 +374,29 @@ mod tests {
             let got = s.sample(&logits, &[]).unwrap();
             let (model, draw) = if got.id == 0 { (0.5f32, 0.625f32) } else { (0.3, 0.375) };
             assert!((got.log_prob - model.ln()).abs() < 1e-5 && (got.draw_log_prob - draw.ln()).abs() < 1e-5);
+        }
+    }
+
+    /// The exponentials that a draw shares with the log-probability change no bit of either: the largest logit allowed or
+    /// not, penalised or not.
+    #[test]
+    fn shared_exponentials_change_no_bit() {
+        let logits: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 4.0).collect();
+        let best = (0..300).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        for without_best in [false, true] {
+            let allowed = (0..300).map(|i| i % 7 != 3 && !(without_best && i == best)).collect::<Vec<_>>();
+            let wanted: f64 = (0..300).filter(|&i| allowed[i]).map(|i| f64::from(logits[i].exp())).sum();
+            let options = SamplingOptions { seed: Some(4), ..plain() };
+            let mut shared = Sampler::new(options.clone(), Some(allowed.clone())).unwrap();
+            // A penalty that no id of the text falls under: nothing is shared.
+            let mut own = Sampler::new(SamplingOptions { repetition_penalty: 2.0, ..options }, Some(allowed)).unwrap();
+            for _ in 0..200 {
+                let (a, b) = (shared.sample(&logits, &[]).unwrap(), own.sample(&logits, &[]).unwrap());
+                assert_eq!(a, b);
+                assert_eq!(a.log_prob, log_prob(&logits, a.id));
+                let p = f64::from(logits[a.id as usize].exp()) / wanted;
+                assert!((f64::from(a.draw_log_prob) - p.ln()).abs() < 1e-5);
+            }
         }
     }
 

@@ -239,7 +239,9 @@ impl Cache {
                 (LayerCache::Lightning(state), RowState::Lightning(kept)) if rows == 1 => *state = kept.clone(),
                 (LayerCache::Lightning(state), RowState::Lightning(kept)) => {
                     let [_, heads, d_k, d_v] = state.dims();
-                    *state = state.clone().slice_assign([row..row + 1, 0..heads, 0..d_k, 0..d_v], kept.clone());
+                    // Taken out, so that its buffer has one owner and only this row of it is written.
+                    let all = std::mem::replace(state, kept.clone());
+                    *state = all.slice_assign([row..row + 1, 0..heads, 0..d_k, 0..d_v], kept.clone());
                 }
                 (LayerCache::Softmax(rows), RowState::Softmax(kept)) => rows[row] = kept.clone(),
                 _ => panic!("the snapshot is of another model"),
@@ -271,9 +273,12 @@ impl Cache {
         for layer in &mut self.layers {
             match layer {
                 LayerCache::Lightning(state) => {
+                    let [before, heads, d_k, d_v] = state.dims();
                     *state = match &empty {
                         Some(empty) => empty.clone(),
-                        None => state.clone().select(0, index.clone()),
+                        // As a matrix: a row is one piece of memory, and is copied as one.
+                        None => (state.clone().reshape([before, heads * d_k * d_v]).select(0, index.clone()))
+                            .reshape([rows.len(), heads, d_k, d_v]),
                     };
                 }
                 LayerCache::Softmax(kept) => *kept = rows.iter().map(|&row| kept[row].clone()).collect(),
@@ -295,6 +300,37 @@ impl Cache {
         }
         self.tokens.push(Vec::new());
         self.tokens.len() - 1
+    }
+
+    /// Adds a row for each snapshot at the end; the states are copied once, however many come.
+    ///
+    /// # Panics
+    /// If a snapshot is of a model of another configuration.
+    pub fn append<'a>(&mut self, snapshots: impl IntoIterator<Item = &'a Snapshot>) {
+        let snapshots: Vec<&Snapshot> = snapshots.into_iter().collect();
+        if snapshots.is_empty() {
+            return;
+        }
+        let none = self.tokens.is_empty();
+        let fits = |s: &&Snapshot| s.layers.len() == self.layers.len();
+        assert!(snapshots.iter().all(fits), "the snapshot is of another model");
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            match layer {
+                LayerCache::Lightning(state) => {
+                    let new = snapshots.iter().map(|s| match &s.layers[i] {
+                        RowState::Lightning(kept) => kept.clone(),
+                        RowState::Softmax(_) => panic!("the snapshot is of another model"),
+                    });
+                    let mut states: Vec<Tensor<4>> = (!none).then(|| state.clone()).into_iter().chain(new).collect();
+                    *state = if states.len() == 1 { states.remove(0) } else { Tensor::cat(states, 0) };
+                }
+                LayerCache::Softmax(rows) => rows.extend(snapshots.iter().map(|s| match &s.layers[i] {
+                    RowState::Softmax(kept) => kept.clone(),
+                    RowState::Lightning(_) => panic!("the snapshot is of another model"),
+                })),
+            }
+        }
+        self.tokens.extend(snapshots.iter().map(|s| s.tokens.clone()));
     }
 
     /// Bytes held on the device: states, and whole blocks of keys and values (shared ones counted for each row).
@@ -349,6 +385,9 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Batch;
+    use crate::model::M1;
+    use crate::trace::Trace;
     use burn::tensor::Distribution;
 
     #[test]
@@ -393,5 +432,68 @@ mod tests {
                 assert_eq!(values.into_data(), (wanted * 2.0).into_data());
             }
         }
+    }
+
+    fn tiny() -> M1 {
+        let device = Device::flex();
+        device.seed(5);
+        let config = ModelConfig {
+            vocab_size: 64,
+            hidden_size: 32,
+            num_hidden_layers: 3,
+            attn_type_list: vec![0, 1, 0],
+            num_local_experts: 2,
+            ..ModelConfig::preset("nano").unwrap()
+        };
+        M1::new(&config, &device)
+    }
+
+    fn read(model: &M1, cache: &mut Cache, rows: &[&[u32]]) -> Vec<f32> {
+        let batch = Batch::new(rows.iter().map(|r| r.to_vec()).collect()).last();
+        model.forward(&batch, Some(cache), &mut Trace::none()).into_data().try_to_vec().unwrap()
+    }
+
+    fn text(n: u32, salt: u32) -> Vec<u32> {
+        (0..n).map(|i| (i * 11 + salt * 7) % 64).collect()
+    }
+
+    /// Rows that are appended, put in the place of others and selected go on as they would have alone, to the bit.
+    #[test]
+    fn rows_that_join_and_move_go_on_as_alone() {
+        let model = tiny();
+        let texts = [text(5, 1), text(300, 2), text(64, 3), text(9, 4)];
+        let snapshots: Vec<Snapshot> = texts
+            .iter()
+            .map(|t| {
+                let mut cache = Cache::new(model.config(), 1, &model.device());
+                read(&model, &mut cache, &[t]);
+                cache.snapshot(0)
+            })
+            .collect();
+        let alone = |i: usize, next: &[u32]| {
+            let mut cache = Cache::new(model.config(), 1, &model.device());
+            cache.restore(0, &snapshots[i]);
+            next.iter().map(|&id| read(&model, &mut cache, &[&[id]])).collect::<Vec<_>>().concat()
+        };
+        let mut cache = Cache::new(model.config(), 0, &model.device());
+        cache.append([]);
+        assert_eq!(cache.rows(), 0);
+        cache.append([&snapshots[0]]);
+        cache.append([&snapshots[1], &snapshots[2], &snapshots[1]]);
+        assert_eq!((cache.rows(), cache.len(2), cache.tokens(3)), (4, 64, &texts[1][..]));
+        let first = read(&model, &mut cache, &[&[7], &[8], &[9], &[10]]);
+        let wanted = [alone(0, &[7]), alone(1, &[8]), alone(2, &[9]), alone(1, &[10])].concat();
+        assert_eq!(first, wanted);
+        // Row 2 gives its place to another text; then rows 3 and 0 leave and the others change places.
+        cache.restore(2, &snapshots[3]);
+        cache.select(&[2, 1]);
+        let second = read(&model, &mut cache, &[&[11], &[12]]);
+        let last = |i, next: &[u32]| alone(i, next)[(next.len() - 1) * 32..].to_vec();
+        assert_eq!(second, [last(3, &[11]), last(1, &[8, 12])].concat());
+        // What was written since has not touched the snapshots that the rows began from.
+        assert_eq!(alone(1, &[8]), first[32..64]);
+        let mut again = Cache::new(model.config(), 0, &model.device());
+        again.append(&snapshots);
+        assert_eq!(read(&model, &mut again, &[&[1], &[8], &[9], &[11]])[32..64], first[32..64]);
     }
 }

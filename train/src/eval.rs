@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 
 use indicatif::ProgressBar;
-use m1_infer::sampler::{SamplerError, SamplingOptions};
+use m1_infer::sampler::SamplingOptions;
 use m1_infer::tokenizer::Tokenizer;
 use m1_model::Trace;
 use m1_model::model::M1;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::conversation::Role;
 use crate::data::{Data, DataError};
-use crate::decode::{DecodeOptions, Prompt, Reply, decode};
+use crate::generate::{Ending, GenerateError, GenerateOptions, Prompt, generate};
 use crate::tasks::{Problem, Task};
 use crate::trainer::{cross_entropy_sum, in_parallel, targets};
 
@@ -36,7 +36,7 @@ pub struct EvalSettings {
     pub top_p: f32,
     /// A reply is cut after so many tokens, and then counts as wrong.
     pub max_new_tokens: usize,
-    /// Replies decoded together.
+    /// Replies decoded together in each worker's batch.
     pub rows: usize,
     /// Replies of each kind that the report keeps to be shown.
     pub samples: usize,
@@ -50,9 +50,9 @@ pub enum EvalError {
     /// A problem could not be made.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// Nothing could be drawn from the model's output.
+    /// The model could not be asked.
     #[error(transparent)]
-    Sampler(#[from] SamplerError),
+    Generate(#[from] GenerateError),
 }
 
 /// How replies are drawn.
@@ -136,7 +136,7 @@ pub struct Subject<'a> {
     pub data: &'a Data,
 }
 
-/// Asks the model all problems, as many batches side by side as there are pools.
+/// Asks the model all problems, as many batches side by side as there are pools, each refilled as replies end.
 pub fn evaluate(
     subject: &Subject,
     tasks: &[&dyn Task],
@@ -145,38 +145,35 @@ pub fn evaluate(
     bar: &ProgressBar,
 ) -> Result<Report, EvalError> {
     let Subject { model, tokenizer, data, .. } = *subject;
-    let mut jobs = Vec::new();
+    let (mut asked, mut prompts) = (Vec::new(), Vec::new());
     let (mut questions, mut solutions) = (HashSet::new(), Vec::new());
     for &task in tasks {
         for &difficulty in &settings.difficulties {
             let problems = problems(data, task, difficulty, settings.problems)?;
             questions.extend(problems.iter().map(|p| p.question.clone()));
             solutions.extend(problems.chunks(SOLUTIONS).map(<[_]>::to_vec));
-            for &mode in &settings.modes {
-                for (first, chunk) in problems.chunks(settings.rows).enumerate() {
-                    jobs.push((task, difficulty, mode, first * settings.rows, chunk.to_vec()));
-                }
+            for (problem, index) in problems.into_iter().zip(0..) {
+                let seed = settings.seed.wrapping_mul(1_000_003).wrapping_add(index);
+                prompts.push(Prompt { ids: data.prompt(&problem)?, seeds: vec![seed] });
+                asked.push((task, difficulty, problem));
             }
         }
     }
-    bar.set_length(jobs.iter().map(|job| job.4.len() as u64).sum());
-    let results = in_parallel(pools, jobs.len(), |i| {
-        let (_, _, mode, first, problems) = &jobs[i];
-        let options = DecodeOptions {
-            sampling: sampling(*mode, settings),
+    bar.set_length((asked.len() * settings.modes.len()) as u64);
+    let mut results = Vec::new();
+    for &mode in &settings.modes {
+        let options = GenerateOptions {
+            sampling: sampling(mode, settings),
             allowed: Some(tokenizer.known(model.config().vocab_size)),
             end_ids: subject.end_ids.clone(),
             max_new_tokens: settings.max_new_tokens,
+            repetition: None,
+            rows: settings.rows * pools.len().max(1),
+            context: None,
         };
-        let prompt = |(k, p): (usize, &Problem)| {
-            let seed = settings.seed.wrapping_mul(1_000_003).wrapping_add((first + k) as u64);
-            data.prompt(p).map(|ids| Prompt { ids, seed })
-        };
-        let prompts = problems.iter().enumerate().map(prompt).collect::<Result<Vec<_>, _>>()?;
-        let replies = decode(model, &prompts, &options)?;
-        bar.inc(problems.len() as u64);
-        Ok::<_, EvalError>(replies)
-    });
+        let replies = generate(model, &prompts, &options, pools, &|_, _| bar.inc(1))?;
+        results.extend(asked.iter().zip(replies.into_iter().flatten()).map(|(asked, reply)| (mode, asked, reply)));
+    }
     let (solution_tokens, surprise) = surprise(subject, &solutions, pools)?;
     let mut report = Report {
         perplexity: (surprise / solution_tokens.max(1) as f64).exp(),
@@ -187,13 +184,13 @@ pub fn evaluate(
         ..Report::default()
     };
     let mut scores: BTreeMap<(usize, u8, Mode), (Score, Vec<Sample>)> = BTreeMap::new();
-    for ((task, difficulty, mode, _, problems), replies) in jobs.iter().zip(results) {
+    for (mode, (task, difficulty, problem), reply) in results {
         let place = tasks.iter().position(|t| t.name() == task.name()).unwrap_or(0);
-        let (score, kept) = scores.entry((place, *difficulty, *mode)).or_insert_with(|| {
+        let (score, kept) = scores.entry((place, *difficulty, mode)).or_insert_with(|| {
             let score = Score {
                 task: task.name().to_string(),
                 difficulty: *difficulty,
-                mode: *mode,
+                mode,
                 problems: 0,
                 solved: 0,
                 unfinished: 0,
@@ -201,22 +198,16 @@ pub fn evaluate(
             };
             (score, Vec::new())
         });
-        for (problem, Reply { ids, ended }) in problems.iter().zip(replies?) {
-            let reply = tokenizer.decode(&ids);
-            let solved = ended && task.verify(problem, &reply);
-            score.mean_tokens =
-                (score.mean_tokens * score.problems as f64 + ids.len() as f64) / (score.problems + 1) as f64;
-            score.problems += 1;
-            score.solved += u64::from(solved);
-            score.unfinished += u64::from(!ended);
-            if kept.len() < settings.samples {
-                kept.push(Sample {
-                    question: problem.question.clone(),
-                    reply,
-                    expected: problem.answer.clone(),
-                    solved,
-                });
-            }
+        let ended = reply.ending == Ending::End;
+        let (tokens, reply) = (reply.text().len(), tokenizer.decode(reply.text()));
+        let solved = ended && task.verify(problem, &reply);
+        score.mean_tokens = (score.mean_tokens * score.problems as f64 + tokens as f64) / (score.problems + 1) as f64;
+        score.problems += 1;
+        score.solved += u64::from(solved);
+        score.unfinished += u64::from(!ended);
+        if kept.len() < settings.samples {
+            let (question, expected) = (problem.question.clone(), problem.answer.clone());
+            kept.push(Sample { question, reply, expected, solved });
         }
     }
     for ((_, difficulty, mode), (score, samples)) in scores {

@@ -6,12 +6,10 @@ use std::process::{Command, Output};
 
 use burn::module::Module;
 use burn::tensor::Device;
-use m1_infer::sampler::SamplingOptions;
 use m1_model::checkpoint::{self, Bits, Quantization, QuantizeOptions, SaveOptions};
 use m1_model::config::ModelConfig;
 use m1_model::model::M1;
 use m1_train::data::DataConfig;
-use m1_train::decode::{DecodeOptions, Prompt, decode};
 use m1_train::tokenizer;
 
 /// A tiny model with a tokenizer, as `pretrain` leaves one.
@@ -122,28 +120,4 @@ fn mistakes_get_one_line_that_says_what_would_be_right() {
     assert!(text.contains("blocks of 32 weights do not divide num_attention_heads · head_dim = 16"), "{text}");
     let text = String::from_utf8(eval(&dir.join("none"), &[]).stderr).unwrap();
     assert!(text.contains("none") && text.contains("config.json"), "{text}");
-}
-
-#[test]
-fn a_reply_does_not_depend_on_its_neighbours() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = write_model(dir.path());
-    let prompts: Vec<Prompt> = (0..5u32)
-        .map(|i| Prompt { ids: (0..3 + 4 * i).map(|j| (17 * i + 5 * j) % 300).collect(), seed: u64::from(i) })
-        .collect();
-    let options = DecodeOptions {
-        sampling: SamplingOptions::default(),
-        allowed: None,
-        // A tenth of the vocabulary ends a reply, so that rows leave the batch at different times.
-        end_ids: (0..40).map(|i| i * 10).collect(),
-        max_new_tokens: 30,
-    };
-    let together = decode(&model, &prompts, &options).unwrap();
-    for (prompt, reply) in prompts.iter().zip(&together) {
-        let alone = decode(&model, std::slice::from_ref(prompt), &options).unwrap();
-        assert_eq!(alone[0], *reply);
-        assert!(reply.ended == (reply.ids.len() < 30), "{reply:?}");
-    }
-    let lengths: Vec<usize> = together.iter().map(|r| r.ids.len()).collect();
-    assert!(lengths.iter().any(|n| *n != lengths[0]), "{lengths:?}");
 }

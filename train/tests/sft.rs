@@ -113,11 +113,11 @@ fn killed_and_resumed_equals_uninterrupted_and_the_loss_falls() {
 
     let read = |out: &str, file: &str| fs::read(dir.join(out).join(file)).unwrap();
     assert!(read("whole", "model.safetensors") == read("pieces", "model.safetensors"), "bf16 weights");
-    let steps = metrics::read(&log).unwrap();
+    let steps = metrics::read::<metrics::StepMetrics>(&log).unwrap();
     let last = format!("checkpoints/step-{:08}/model.safetensors", steps.len());
     assert!(read("whole", &last) == read("pieces", &last), "f32 weights");
     let curve = |out: &str| {
-        let steps = metrics::read(&dir.join(out).join("metrics.jsonl")).unwrap();
+        let steps = metrics::read::<metrics::StepMetrics>(&dir.join(out).join("metrics.jsonl")).unwrap();
         steps.iter().map(|m| (m.step, m.tokens, m.loss, m.grad_norm)).collect::<Vec<_>>()
     };
     assert_eq!(curve("whole"), curve("pieces"));
@@ -176,7 +176,7 @@ fn only_what_the_assistant_says_is_learned() {
     };
     fs::write(dir.join("set.jsonl"), (0..200).map(line).collect::<String>()).unwrap();
     succeed(dir, "run", &["--steps", "60", "--lr", "0.01"]);
-    let steps = metrics::read(&dir.join("run/metrics.jsonl")).unwrap();
+    let steps = metrics::read::<metrics::StepMetrics>(&dir.join("run/metrics.jsonl")).unwrap();
     assert_eq!(steps.len(), 60);
     assert!(steps[0].loss > 4.0 && steps[59].loss < 0.05, "{} to {}", steps[0].loss, steps[59].loss);
 }

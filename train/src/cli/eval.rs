@@ -55,7 +55,7 @@ pub struct Args {
     /// Longest reply; one that is cut counts as wrong
     #[arg(long, value_name = "N", default_value_t = 400, allow_negative_numbers = true, value_parser = count)]
     max_new_tokens: u64,
-    /// Replies decoded together
+    /// Replies decoded together in each batch
     #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true, value_parser = up_to::<4096>)]
     rows: u64,
     /// Quantize the experts while loading, as `m1 quantize` would have written them: int8 or int4

@@ -1,0 +1,112 @@
+//! Many sequences at once, ids in and ids with log-probabilities out: what the server and the rollouts of training run on.
+//! Requests wait until a row is free, prompts are read in pieces between the steps of decoding, and whoever has ended
+//! makes room within the same step.
+//!
+//! Different here: a sequence's ids and log-probabilities do not depend on its neighbours, nor on when it came in; on the
+//! CPU to the bit, and they are those of a [`crate::Session`] alone. That needs three things beyond a sampler of its own.
+//! What the model computes for a token there does not depend on the other rows of a call. Rows that read a piece of their
+//! prompt and rows that decode go through the model in two calls, since the two have kernels of their own (and the first
+//! would pad the second to the longest piece). And pieces end where they may ([`pieces`]).
+//! On a device the shape of a product decides its kernel, so there the last bits may differ.
+
+mod batcher;
+pub(crate) mod pieces;
+mod reading;
+#[cfg(test)]
+mod tests;
+
+pub use batcher::Batcher;
+
+use crate::engine::{EngineError, Finish, PREFILL_CHUNK};
+use crate::sampler::{Sampled, Sampler};
+use m1_model::Snapshot;
+use std::sync::Arc;
+
+/// The limits of a batcher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchSettings {
+    /// Sequences at once, at least 1; others wait. Each holds a state of its own (SPEC §2: 280 MiB for M1).
+    pub rows: usize,
+    /// Tokens of prompts read in one step, about; the steps of decoding wait for no more than that.
+    pub prefill_tokens: usize,
+    /// The most tokens that a sequence may have.
+    pub context: usize,
+}
+
+impl BatchSettings {
+    /// Room for `rows` sequences of at most `context` tokens, with prompts read in pieces of 512 tokens.
+    pub fn new(rows: usize, context: usize) -> Self {
+        Self { rows, prefill_tokens: PREFILL_CHUNK, context }
+    }
+}
+
+/// A text that has been read: what the model keeps of it, and what it says next. Sequences that begin with the same
+/// text share it.
+#[derive(Debug, Clone)]
+pub struct Prefix {
+    /// The cache's row after the text.
+    pub snapshot: Snapshot,
+    /// Raw logits `[vocab]` of what follows the text.
+    pub logits: Vec<f32>,
+}
+
+impl Prefix {
+    /// The text's ids.
+    pub fn tokens(&self) -> &[u32] {
+        self.snapshot.tokens()
+    }
+}
+
+/// A prompt to be continued.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Ids, at least one.
+    pub prompt: Vec<u32>,
+    /// A beginning of `prompt`, or all of it, that has been read before.
+    pub prefix: Option<Arc<Prefix>>,
+    /// Draws this sequence's ids.
+    pub sampler: Sampler,
+    /// Ids that end the sequence.
+    pub end_ids: Arc<[u32]>,
+    /// The most ids drawn, an end id included; `None`: as the context allows. With 0 the prompt is read and nothing drawn.
+    pub max_new: Option<usize>,
+    /// Whether the prompt's [`Prefix`] is handed out once it has been read ([`Event::Read`]).
+    pub keep: bool,
+}
+
+/// Names a request among all of one batcher; later requests have larger ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(u64);
+
+/// What happened to a request in a step.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// The prompt has been read; only where [`Request::keep`] asked for it, and before the first id.
+    Read {
+        /// Of this request.
+        id: RequestId,
+        /// The whole prompt.
+        prefix: Arc<Prefix>,
+    },
+    /// An id was drawn; also the one that ends the sequence.
+    Drawn {
+        /// For this request.
+        id: RequestId,
+        /// The id, with its log-probability under the full softmax.
+        token: Sampled,
+    },
+    /// Nothing more comes of this request.
+    Finished {
+        /// This request.
+        id: RequestId,
+        /// Why; never [`Finish::Stopped`].
+        finish: Finish,
+    },
+    /// Nothing can be drawn for this request, and nothing more comes of it; the others go on.
+    Failed {
+        /// This request.
+        id: RequestId,
+        /// What is wrong.
+        error: EngineError,
+    },
+}
