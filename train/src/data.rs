@@ -153,8 +153,8 @@ fn find(
     (0..MOST_DRAWS).map(|_| task.draw(&mut draw, difficulty)).find(fit)
 }
 
-/// The first problem on the training side, from (seed, index) on in the stream that `domain` names, which `fit` accepts;
-/// never one that is held out. `None` where no such problem turns up in some thousand draws.
+/// The first problem on the training side, from (seed, index) on in the stream that `domain` names, which `fit`
+/// accepts; never one that is held out. `None` where no such problem turns up in some thousand draws.
 ///
 /// `difficulty` is within 1..=[`MAX_DIFFICULTY`]. The same arguments give the same problem, for ever.
 pub fn training_problem(

@@ -1,8 +1,9 @@
 //! Conversations as JSON lines, in the form that OpenAI's fine-tuning files have:
 //! `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`.
 //!
-//! Different here: a line that would be trained on otherwise than it reads is refused, by file and line: a marker of the chat
-//! template inside of a text, a role or a field that the template has no place for, nothing from the assistant.
+//! Different here: a line that would be trained on otherwise than it reads is refused, by file and line: a marker of
+//! the chat template inside of a text, a role or a field that the template has no place for, nothing from the
+//! assistant.
 
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;

@@ -23,7 +23,7 @@ pub enum RewardError {
     Nothing,
     /// A soft zone that is longer than the response may be.
     #[error(
-        "reward.overlong_buffer = {buffer}: must be below the longest response of {max_tokens} tokens; 0 punishes no length"
+        "reward.overlong_buffer = {buffer}: must be below the longest response, {max_tokens} tokens; 0 is no penalty"
     )]
     Buffer {
         /// Lc.
@@ -109,14 +109,14 @@ impl RewardSettings {
     }
 }
 
-/// Whether a reply is `<think>…</think>` and then an answer, each tag once and nothing before the first. The thinking may
-/// be empty: that it helps is for the other reward to teach.
+/// Whether a reply is `<think>…</think>` and then an answer, each tag once and nothing before the first. The thinking
+/// may be empty: that it helps is for the other reward to teach.
 pub fn keeps_form(reply: &str) -> bool {
     let reply = reply.trim_start();
     reply.starts_with("<think>") && reply.contains("</think>") && answer_of(reply).is_some()
 }
 
-/// DAPO's soft overlong penalty (arXiv 2503.14476, equation 13), Lmax = `max_tokens`, Lc = `buffer`: 0 up to Lmax - Lc
+/// DAPO's soft overlong penalty (arXiv 2503.14476), Lmax = `max_tokens`, Lc = `buffer`: 0 up to Lmax - Lc
 /// tokens, from there a straight line to -1 at Lmax, and -1 beyond. 0 where `buffer` is 0.
 pub fn overlong_penalty(tokens: usize, max_tokens: usize, buffer: usize) -> f64 {
     if buffer == 0 {

@@ -1,7 +1,7 @@
 //! Supervised fine-tuning's examples: a file of conversations, in a new order each epoch.
 //!
-//! Different here: example `index` is known from the seed and the index alone (epoch and place follow from it), so a resumed
-//! run reads on where it stopped, and no order has to be kept.
+//! Different here: example `index` is known from the seed and the index alone (epoch and place follow from it), so a
+//! resumed run reads on where it stopped, and no order has to be kept.
 
 use std::path::Path;
 use std::sync::Mutex;

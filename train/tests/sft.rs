@@ -169,10 +169,8 @@ fn only_what_the_assistant_says_is_learned() {
         (0..12).map(|j| char::from(b'a' + ((i * 7919 + j * j * 31 + i * j * 17) % 26) as u8)).collect::<String>()
     };
     let line = |i: u64| {
-        format!(
-            "{{\"messages\":[{{\"role\":\"user\",\"content\":\"{}\"}},{{\"role\":\"assistant\",\"content\":\"Yes.\"}}]}}\n",
-            word(i)
-        )
+        let says = |role, text: &str| serde_json::json!({"role": role, "content": text});
+        format!("{}\n", serde_json::json!({"messages": [says("user", &word(i)), says("assistant", "Yes.")]}))
     };
     fs::write(dir.join("set.jsonl"), (0..200).map(line).collect::<String>()).unwrap();
     succeed(dir, "run", &["--steps", "60", "--lr", "0.01"]);

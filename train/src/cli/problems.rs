@@ -18,8 +18,11 @@ Examples:
   m1-train problems --n 2000 --out set.jsonl
   m1-train problems --tasks clock,equation --difficulties 6..8 --n 500 --seed 7 | head -1
 
-Every problem is from the training side of the split: none of them is one that `m1-train eval` asks. The same flags give the
-same file; another --seed gives other draws, of which easy tasks repeat many.";
+Every problem is from the training side of the split: none of them is one that `m1-train eval` asks. The same flags
+give the same file; another --seed gives other draws, of which easy tasks repeat many.";
+
+/// Conversations that a file may have.
+const MOST: u64 = 100_000_000;
 
 /// Write reasoning problems with their solutions as conversations in JSON lines, for `m1-train sft`
 #[derive(Debug, clap::Args)]
@@ -32,7 +35,7 @@ pub struct Args {
     #[arg(long, visible_alias = "difficulty", value_name = "D", default_value = "1..5", allow_negative_numbers = true)]
     difficulties: String,
     /// Conversations, spread over tasks and difficulties by chance
-    #[arg(long, value_name = "N", default_value_t = 1000, allow_negative_numbers = true, value_parser = up_to::<100_000_000>)]
+    #[arg(long, value_name = "N", default_value_t = 1000, allow_negative_numbers = true, value_parser = up_to::<MOST>)]
     n: u64,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = whole)]

@@ -184,7 +184,8 @@ pub(crate) fn load_tokenizer(folder: &Path) -> anyhow::Result<Tokenizer> {
     Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
-/// Set by the first Ctrl-C (or a termination signal), which says `what` follows; the second one ends the process at once.
+/// Set by the first Ctrl-C (or a termination signal), which says `what` follows; the second one ends the process at
+/// once.
 pub(crate) fn stop_on_signal(what: &'static str) -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();

@@ -39,14 +39,14 @@ Examples:
   m1-train sft --model examples/m1-nano --data set.jsonl --out runs/sft --epochs 2 --eval test.jsonl --resume
   m1-train problems --n 2000 --out set.jsonl                  (makes such a file from the tasks)
 
-A line of the file is {\"messages\": [{\"role\": \"system|user|assistant\", \"content\": \"...\"}, ...]}. Loss is taken on what the
-assistant says and on the token that ends it. A run gives the same weights to the bit however often it is stopped and resumed, with
-any --threads.";
+A line of the file is {\"messages\": [{\"role\": \"system|user|assistant\", \"content\": \"...\"}, ...]}. Loss is taken
+on what the assistant says and on the token that ends it. A run gives the same weights to the bit however often it is
+stopped and resumed, with any --threads.";
 
 /// Fine-tune a model on conversations in JSON lines
 ///
-/// Leaves a model directory in Hugging Face form (bf16) in --out, with the tokenizer, chat template and generation settings of
-/// --model, beside metrics.jsonl, eval.jsonl, loss.svg and the last checkpoint.
+/// Leaves a model directory in Hugging Face form (bf16) in --out, with the tokenizer, chat template and generation
+/// settings of --model, beside metrics.jsonl, eval.jsonl, loss.svg and the last checkpoint.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
@@ -219,7 +219,7 @@ fn check_template(model: &Path) -> anyhow::Result<()> {
         let rendered = template.render(&json, &[], false, false)?;
         if rendered != render(messages) {
             bail!(
-                "--model {}: its chat template is not MiniMax-M1's, the form that sft trains in; a conversation begins {:?}",
+                "--model {}: its chat template is not MiniMax-M1's, the form that sft trains in; it begins with {:?}",
                 model.display(),
                 rendered.chars().take(60).collect::<String>()
             );

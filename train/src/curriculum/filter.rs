@@ -6,8 +6,8 @@ use super::{CurriculumError, in_range};
 
 /// Bounds on a measured pass rate, both outside: `above < rate < below`.
 ///
-/// The default, 0 and 1, keeps the groups with both right and wrong responses, as dynamic sampling does (DAPO). 0 and 0.9
-/// also drops what is nearly always solved (ScaleRL, arXiv 2510.13786).
+/// The default, 0 and 1, keeps the groups with both right and wrong responses, as dynamic sampling does (DAPO). 0 and
+/// 0.9 also drops what is nearly always solved (ScaleRL, arXiv 2510.13786).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PassRates {

@@ -1,9 +1,9 @@
 //! What reinforcement learning is trained on, and for how long a response: tasks that grow harder as they are solved,
 //! and a limit on length that grows as responses do.
 //!
-//! Different here: everything that was learned about the run so far is a value ([`CurriculumState`], [`WindowState`]) which
-//! goes into a checkpoint, and the next problem depends on (seed, index, that value) alone. So a resumed run draws
-//! what the uninterrupted one would have drawn.
+//! Different here: everything that was learned about the run so far is a value ([`CurriculumState`], [`WindowState`])
+//! which goes into a checkpoint, and the next problem depends on (seed, index, that value) alone. So a resumed run
+//! draws what the uninterrupted one would have drawn.
 
 mod filter;
 mod problems;

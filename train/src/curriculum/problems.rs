@@ -36,8 +36,8 @@ pub struct CurriculumSettings {
     pub raise_above: f64,
     /// How many recent groups of a task that mean is over. The count begins anew at each difficulty.
     pub groups: usize,
-    /// A problem whose measured pass rate is at least this is not drawn again; ScaleRL has 0.9. Absent: every problem may
-    /// come again.
+    /// A problem whose measured pass rate is at least this is not drawn again; ScaleRL has 0.9. Absent: every problem
+    /// may come again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retire_at: Option<f64>,
     /// Which groups are learned from.
@@ -127,8 +127,8 @@ impl Curriculum {
         state.tasks.get(name).map_or(task.min, |level| level.difficulty).clamp(task.min, task.max)
     }
 
-    /// The problem number `index` of the stream `seed` as things stand; always on the training side of the data's split.
-    /// Where all problems of a difficulty seem retired, it is the next difficulty's, and failing that any.
+    /// The problem number `index` of the stream `seed` as things stand; always on the training side of the data's
+    /// split. Where all problems of a difficulty seem retired, it is the next difficulty's, and failing that any.
     ///
     /// # Errors
     /// No training problem at all.
@@ -145,8 +145,8 @@ impl Curriculum {
             .ok_or_else(|| CurriculumError::NoProblem { task: task.name().into(), difficulty: from })
     }
 
-    /// Takes in that `pass_rate` (0 to 1) of the responses to a problem were right. Call it for every measured group, in a
-    /// fixed order, those that the filter drops included. A rate that is no number is left out.
+    /// Takes in that `pass_rate` (0 to 1) of the responses to a problem were right. Call it for every measured group,
+    /// in a fixed order, those that the filter drops included. A rate that is no number is left out.
     pub fn observe(&self, state: &mut CurriculumState, problem: &Problem, pass_rate: f64) {
         if !pass_rate.is_finite() {
             return;

@@ -1,6 +1,6 @@
 //! The limit on a response's length, raised in stages.
 //!
-//! MiniMax-M1 (report §4.2) went from 40K tokens to 80K in six stages, each time when the perplexity of what the model
+//! MiniMax-M1 (by its report) went from 40K tokens to 80K in six stages, each time when the perplexity of what the model
 //! generates had converged and the 99th percentile of its lengths came near the limit. It gives no thresholds: both
 //! signals' are settings here.
 
@@ -58,15 +58,15 @@ impl WindowSettings {
         in_range("window.near", self.near, (0.0..=1.0).contains(&self.near), "0 to 1")
     }
 
-    /// The longest response now, in tokens. A state from a longer row of windows is at the last of these; 0 where the row is
-    /// empty, which [`Self::validate`] refuses.
+    /// The longest response now, in tokens. A state from a longer row of windows is at the last of these; 0 where the
+    /// row is empty, which [`Self::validate`] refuses.
     pub fn max_tokens(&self, state: &WindowState) -> usize {
         self.lengths.get(state.index).or(self.lengths.last()).copied().unwrap_or(0)
     }
 
     /// Takes in a step: the perplexity of its responses under the policy that drew them, and their lengths in tokens.
-    /// Gives whether the next window begins with the next step. A step without responses says nothing; a perplexity that
-    /// is not finite begins the count anew.
+    /// Gives whether the next window begins with the next step. A step without responses says nothing; a perplexity
+    /// that is not finite begins the count anew.
     pub fn observe(&self, state: &mut WindowState, perplexity: f64, lengths: &[usize]) -> bool {
         let Some(percentile) = percentile_99(lengths) else { return false };
         if !perplexity.is_finite() {

@@ -20,8 +20,8 @@ pub enum Advantage {
     GroupStd,
     /// R - mean of the group.
     GroupMean,
-    /// (R - mean of the group) / std of these differences over the whole batch (as ScaleRL, arXiv 2510.13786). Groups of
-    /// equal rewards count in the std, as zeros: drop them before, as ScaleRL does, if they should not.
+    /// (R - mean of the group) / std of these differences over the whole batch (as ScaleRL, arXiv 2510.13786). Groups
+    /// of equal rewards count in the std, as zeros: drop them before, as ScaleRL does, if they should not.
     BatchStd,
 }
 
@@ -49,7 +49,8 @@ impl Deviation {
     }
 }
 
-/// Whether all rewards are equal: such a group teaches nothing, and dynamic sampling drops it. True for one reward or none.
+/// Whether all rewards are equal: such a group teaches nothing, and dynamic sampling drops it. True for one reward or
+/// none.
 pub fn is_uniform(rewards: &[f64]) -> bool {
     let high = rewards.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let low = rewards.iter().copied().fold(f64::INFINITY, f64::min);

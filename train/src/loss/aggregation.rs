@@ -1,7 +1,7 @@
 //! Aggregation: the share that a response's tokens have in the loss of a mini-batch.
 //!
-//! Different here: the share is one number per response, made from lengths and groups before any forward pass. The parts
-//! that a mini-batch is split into only multiply by it and add up, so no split can change the loss.
+//! Different here: the share is one number per response, made from lengths and groups before any forward pass. The
+//! parts that a mini-batch is split into only multiply by it and add up, so no split can change the loss.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::LossError;
 
-/// How tokens are added up. With n responses in all, |o_i| tokens in response i, T in the mini-batch, T_g in a group of n_g
-/// responses and G groups, where an empty response or group does not count:
+/// How tokens are added up. With n responses in all, |o_i| tokens in response i, T in the mini-batch, T_g in a group of
+/// n_g responses and G groups, where an empty response or group does not count:
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Aggregation {
@@ -20,10 +20,11 @@ pub enum Aggregation {
     BatchTokens,
     /// `1 / (n · |o_i|)`: the mean over a response's tokens, then over responses (GRPO).
     SequenceMean,
-    /// `T_g / (T · n_g · |o_i|)`: the mean over a response's tokens, then over its group, and groups weighed by their tokens.
+    /// `T_g / (T · n_g · |o_i|)`: the mean over a response's tokens, then over its group, and groups weighed by their
+    /// tokens.
     ///
     /// The report names "sample-level loss and token-level normalisation" as its cure where long negative responses
-    /// outweigh short positive ones and the ends of responses collapse (§4), and gives no formula. This is our reading:
+    /// outweigh short positive ones and the ends of responses collapse, and gives no formula. This is our reading:
     /// within a group every response counts the same however long it is, while the groups together are normalised
     /// by tokens. Where all responses of each group are equally long it is `batch_tokens`.
     SequenceMeanTokenNormalised,
@@ -31,8 +32,8 @@ pub enum Aggregation {
 
 /// The scale of each response: what every one of its tokens is multiplied by. A response without tokens gets 0.
 ///
-/// `lengths[i]` is the number of tokens of response i that count towards the loss, `groups[i]` the name of its group. All
-/// responses of a mini-batch belong into one call; a group counts with those of its responses that are in it.
+/// `lengths[i]` is the number of tokens of response i that count towards the loss, `groups[i]` the name of its group.
+/// All responses of a mini-batch belong into one call; a group counts with those of its responses that are in it.
 ///
 /// # Errors
 /// Lists of different lengths.

@@ -4,9 +4,9 @@
 //! J = Σ_i s_i Σ_t  M_it · sg(w_it) · A_i · log π_it        r_it = exp(log π_it - log π_old,it)
 //! ```
 //! The loss is `-J`. `sg` stops the gradient, so the gradient of a token is exactly `-s·M·w·A`.
-//! - **w**, the weight ([`Weight`]): 1, the ratio r, or r clipped to bounds (CISPO, MiniMax-M1 report, equation 4).
+//! - **w**, the weight ([`Weight`]): 1, the ratio r, or r clipped to bounds (CISPO, MiniMax-M1 report).
 //! - **M**, the mask ([`Mask`]): 1, or PPO's, which is 0 where A > 0 and r > 1 + eps_high or A < 0 and r < 1 - eps_low.
-//!   With w = r its gradient is that of `min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)` (report, equations 5 to 7).
+//!   With w = r its gradient is that of `min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)` (the report's unified form).
 //! - **A**, the advantage ([`Advantage`]): from the rewards of a group of responses to one prompt.
 //! - **s**, the scale ([`Aggregation`]): how tokens are added up. It is made from lengths and groups alone, so a
 //!   mini-batch may be worked through in any parts: their losses add up to its own.
@@ -19,8 +19,8 @@
 //! | ppo | r | 0.2 / 0.2 | batch_tokens | batch_std |
 //! | reinforce | 1 | 1 | group_tokens | group_std |
 //!
-//! Different here: the bound on CISPO's weight is given as the bound itself, `ratio_max`, never as an epsilon. Elsewhere
-//! a knob called epsilon_high is the bound in some programs and the bound less 1 in others, and a silent 0.2
+//! Different here: the bound on CISPO's weight is given as the bound itself, `ratio_max`, never as an epsilon.
+//! Elsewhere a knob called epsilon_high is the bound in some programs and the bound less 1 in others, and a silent 0.2
 //! in the wrong one scales every gradient down to a fifth. Here a bound below 1 is refused.
 
 mod advantage;
@@ -42,8 +42,8 @@ pub use statistics::Statistics;
 pub enum LossError {
     /// A bound on the ratio that does not leave 1 as it is: most often an epsilon where the bound belongs.
     #[error(
-        "loss.{field} = {value}: this is the bound on the ratio itself, not an epsilon, and must leave the ratio 1 as it \
-         is: {expected} (an eps_high of 0.2 is ratio_max = 1.2)"
+        "loss.{field} = {value}: this is the bound on the ratio itself, not an epsilon, and must leave the ratio 1 as \
+         it is: {expected} (an eps_high of 0.2 is ratio_max = 1.2)"
     )]
     Bound {
         /// `ratio_max` or `ratio_min`.

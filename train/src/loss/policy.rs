@@ -1,8 +1,9 @@
 //! The loss of one part of a mini-batch.
 //!
-//! Different here: ratios, masks and weights are made on the host. They carry no gradient, so all the device has to do is
-//! multiply log-probabilities by constants and add them up; the log-probabilities are read once, and that one read serves
-//! the weights, the statistics and the caller. The weights' bits are the same on every device.
+//! Different here: ratios, masks and weights are made on the host. They carry no gradient, so all the device has to do
+//! is multiply log-probabilities by constants and add them up; the log-probabilities are read once, and that one read
+//! serves the weights, the statistics and the caller. Equal
+//! log-probabilities give equal weights on every device.
 
 use burn::tensor::{Tensor, TensorData};
 
@@ -29,7 +30,8 @@ pub struct PolicyLoss {
 /// - `old_log_probs`: n log-probabilities under the policy that drew the tokens.
 /// - `advantages`, `scales`: n each, see [`super::advantages`], [`super::scales`] and [`super::per_token`].
 ///
-/// The loss's value is the unified form's: with PPO's mask its gradient is that of `min(r A, clip(r) A)`, its value is not.
+/// The loss's value is the unified form's: with PPO's mask its gradient is that of `min(r A, clip(r) A)`, its value is
+/// not.
 ///
 /// # Errors
 /// Another number of entries than n, or a number that is not finite (which token is said).

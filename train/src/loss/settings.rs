@@ -8,7 +8,7 @@ use super::{Advantage, Aggregation, Deviation, LossError};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Algorithm {
-    /// Clipped importance weights, no mask (MiniMax-M1 report §3.1).
+    /// Clipped importance weights, no mask (MiniMax-M1 report).
     #[default]
     Cispo,
     /// Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300), without its KL term.
