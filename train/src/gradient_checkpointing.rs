@@ -40,20 +40,12 @@ pub fn forward_backward<T, E>(
     let config = model.config();
     let past = vec![0; batch.rows().len()];
     let mut trace = Trace::router();
-    let places = Places::new(batch, &past, config, &model.device());
-    let mut inputs = vec![model.embed(batch)];
-    for layer in &model.model.layers {
-        let x = inputs[inputs.len() - 1].clone();
-        inputs.push(places.through(layer, x, None, &mut trace));
-    }
+    let mut inputs = layer_inputs(model, batch, &mut trace);
     let choices = trace.choices;
 
     // The top: final norm, head and loss.
-    let last = inputs.pop().expect("the embeddings at least");
-    let top = leaves(last);
-    let mut ending = model.clone(); // shares every weight
-    ending.model.norm = tracked(&model.model.norm);
-    ending.lm_head = tracked(&model.lm_head);
+    let top = leaves(inputs.pop().expect("the embeddings at least"));
+    let mut ending = with_tracked_top(model);
     let hidden = ending.finish(top.clone(), batch, &mut Trace::none());
     let (value, report) = loss(hidden, &ending.lm_head.weight.value())?;
     let mut gradients = value.clone().backward();
@@ -91,6 +83,33 @@ pub fn forward_backward<T, E>(
     all.extend(of_norm);
     all.extend(of_head);
     Ok(Passed { loss: value.inner().into_scalar::<f32>().into(), aux_loss, report, choices, gradients: all })
+}
+
+/// What [`forward_backward`] gives to its loss: hidden states and head, to the bit.
+pub fn forward(model: &M1, batch: &Batch) -> (Tensor<2>, Weight<2>) {
+    let top = leaves(layer_inputs(model, batch, &mut Trace::none()).pop().expect("the embeddings at least"));
+    let ending = with_tracked_top(model);
+    (ending.finish(top, batch, &mut Trace::none()), ending.lm_head.weight.value())
+}
+
+/// What goes into each layer and, last, what comes out of all.
+fn layer_inputs(model: &M1, batch: &Batch, trace: &mut Trace) -> Vec<Stream> {
+    let past = vec![0; batch.rows().len()];
+    let places = Places::new(batch, &past, model.config(), &model.device());
+    let mut inputs = vec![model.embed(batch)];
+    for layer in &model.model.layers {
+        let x = inputs[inputs.len() - 1].clone();
+        inputs.push(places.through(layer, x, None, trace));
+    }
+    inputs
+}
+
+/// The model with a final norm and a head that are tracked.
+fn with_tracked_top(model: &M1) -> M1 {
+    let mut ending = model.clone(); // shares every weight
+    ending.model.norm = tracked(&model.model.norm);
+    ending.lm_head = tracked(&model.lm_head);
+    ending
 }
 
 /// What goes into a layer, as the beginning of a graph.

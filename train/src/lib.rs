@@ -1,5 +1,6 @@
 //! Training of MiniMax-M1 models: tasks with verifiers, conversations made from them, the trainer, evaluation.
 
+pub mod cispo;
 pub mod cli;
 pub mod conversation;
 pub mod curriculum;

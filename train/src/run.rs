@@ -119,9 +119,11 @@ pub fn checkpoints(out: &Path) -> PathBuf {
 }
 
 /// Writes a checkpoint and removes those before it; gives its folder.
-pub fn save<D: Serialize>(out: &Path, trainer: &Trainer, state: &RunState<D>) -> Result<PathBuf, RunError> {
+///
+/// `state` is whatever a resumption needs beside weights and moments, after `step` steps.
+pub fn save<S: Serialize>(out: &Path, trainer: &Trainer, step: u64, state: &S) -> Result<PathBuf, RunError> {
     let folder = checkpoints(out);
-    let name = format!("step-{:08}", state.progress.step);
+    let name = format!("step-{step:08}");
     let partial = folder.join(format!(".{name}.partial"));
     let complete = folder.join(&name);
     if partial.exists() {
@@ -139,10 +141,10 @@ pub fn save<D: Serialize>(out: &Path, trainer: &Trainer, state: &RunState<D>) ->
         let file = File::open(&path).map_err(io_error(&path))?;
         file.sync_all().map_err(io_error(&path))?;
     }
-    set_aside(&complete, state.progress.step)?;
+    set_aside(&complete, step)?;
     fs::rename(&partial, &complete).map_err(io_error(&complete))?;
-    for (step, path) in list(out)? {
-        if step <= state.progress.step && path != complete {
+    for (before, path) in list(out)? {
+        if before <= step && path != complete {
             fs::remove_dir_all(&path).map_err(io_error(&path))?;
         }
     }
@@ -162,8 +164,8 @@ fn set_aside(complete: &Path, step: u64) -> Result<(), RunError> {
     fs::rename(complete, &aside).map_err(io_error(&aside))
 }
 
-/// The run's last complete checkpoint, if it has one.
-pub fn latest<D: DeserializeOwned>(out: &Path) -> Result<Option<(PathBuf, RunState<D>)>, RunError> {
+/// The run's last complete checkpoint with its state, if it has one.
+pub fn latest<S: DeserializeOwned>(out: &Path) -> Result<Option<(PathBuf, S)>, RunError> {
     let Some((_, folder)) = list(out)?.pop() else {
         return Ok(None);
     };
@@ -188,9 +190,19 @@ pub fn load_trainer<D>(
     device: &Device,
 ) -> Result<Trainer, RunError> {
     let settings = &state.settings;
-    let model = load_model(folder, device)?;
-    let (micro, step) = (settings.micro_tokens, state.progress.step);
-    let mut trainer = Trainer::new(model, settings.optimizer, micro, threads, step)?;
+    take_up(folder, settings.optimizer, settings.micro_tokens, threads, state.progress.step, device)
+}
+
+/// A trainer after `steps` steps of the optimizer, with a checkpoint's weights and moments.
+pub fn take_up(
+    folder: &Path,
+    optimizer: OptimizerSettings,
+    micro_tokens: usize,
+    threads: usize,
+    steps: u64,
+    device: &Device,
+) -> Result<Trainer, RunError> {
+    let mut trainer = Trainer::new(load_model(folder, device)?, optimizer, micro_tokens, threads, steps)?;
     trainer.optimizer_mut().load(&folder.join(MOMENTS), device)?;
     Ok(trainer)
 }

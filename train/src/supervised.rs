@@ -183,7 +183,7 @@ fn checkpoint<D: Serialize>(
     state: &RunState<D>,
     log: &MetricsLog,
 ) -> Result<(), SupervisedError> {
-    run::save(out, trainer, state)?;
+    run::save(out, trainer, state.progress.step, state)?;
     let config = trainer.model().config();
     let title = format!(
         "Training loss: {} layers, hidden {}, {} experts",

@@ -216,6 +216,21 @@ impl Trainer {
         Ok((report, reports))
     }
 
+    /// `f(i, hidden, head)` of every batch under the model as it stands, with the bits that [`Trainer::update`] would see, and
+    /// without a backward pass.
+    pub fn forward<T: Send>(&self, batches: &[&Batch], f: impl Fn(usize, Tensor<2>, &Weight<2>) -> T + Sync) -> Vec<T> {
+        let model = self.model();
+        in_parallel(&self.pools, batches.len(), |i| {
+            let (hidden, head) = if self.gradient_checkpointing {
+                gradient_checkpointing::forward(model, batches[i])
+            } else {
+                let model = parameters::tracked(model);
+                (model.forward(batches[i], None, &mut Trace::none()), model.lm_head.weight.value())
+            };
+            f(i, hidden, &head)
+        })
+    }
+
     /// Keeps only what goes into each layer until the backward pass, which then runs every layer again: memory for time.
     pub fn with_gradient_checkpointing(mut self, on: bool) -> Self {
         self.gradient_checkpointing = on;

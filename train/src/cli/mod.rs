@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use m1_infer::cli::parse;
 
 pub mod bench;
+pub mod cispo;
 pub mod eval;
 pub mod pretrain;
 pub mod problems;
@@ -25,6 +26,7 @@ pub struct Cli {
 enum Command {
     Pretrain(pretrain::Args),
     Sft(sft::Args),
+    Cispo(cispo::Args),
     Problems(problems::Args),
     Eval(eval::Args),
     Report(report::Args),
@@ -41,6 +43,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Sft(args) => sft::run(args),
+        Command::Cispo(args) => cispo::run(args),
         Command::Problems(args) => problems::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Report(args) => report::run(args),

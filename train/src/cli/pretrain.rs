@@ -73,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     eprintln!("device: {}", open.name);
     let device = open.device;
     let out = &args.run.out;
-    let checkpoint = run::latest(out)?;
+    let checkpoint = run::latest::<RunState>(out)?;
     let (mut state, mut trainer) = match (&checkpoint, args.run.resume) {
         (Some((folder, saved)), true) => resume(&args, folder, saved, threads, &device)?,
         (Some((_, saved)), false) => return Err(args.run.refuse_run(&saved.progress)),

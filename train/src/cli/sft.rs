@@ -87,7 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     eprintln!("device: {}", open.name);
     let (out, threads) = (&args.run.out, args.run.threads());
     let model = args.model.canonicalize().with_context(|| format!("--model {}", args.model.display()))?;
-    let checkpoint = run::latest::<SftSource>(out)?;
+    let checkpoint = run::latest::<RunState<SftSource>>(out)?;
     let (mut state, mut trainer, source) = match (&checkpoint, args.run.resume) {
         (Some((folder, saved)), true) => resume(&args, &model, folder, saved, threads, &open.device)?,
         (Some((_, saved)), false) => return Err(args.run.refuse_run(&saved.progress)),
@@ -139,9 +139,7 @@ fn start(
     let settings = Settings { steps: Some(steps), ..settings };
     let loaded = run::load_model(model, device).context("--model")?;
     fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
-    for name in COPIED {
-        copy(&model.join(name), &out.join(name))?;
-    }
+    copy_text_side(model, out)?;
     let trainer = Trainer::new(loaded, settings.optimizer, settings.micro_tokens, threads, 0)?;
     Ok((RunState { progress: Progress::default(), settings }, trainer, source))
 }
@@ -226,6 +224,11 @@ fn check_template(model: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Copies what turns text into ids and back, and how replies are drawn.
+pub(crate) fn copy_text_side(model: &Path, out: &Path) -> anyhow::Result<()> {
+    COPIED.iter().try_for_each(|name| copy(&model.join(name), &out.join(name)))
 }
 
 /// Copies a file under a temporary name and renames it; one that is not there is left out.
