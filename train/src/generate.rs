@@ -130,8 +130,9 @@ pub fn generate(
     let units = units(prompts, pools.len().max(1));
     let replies: usize = prompts.iter().map(|p| p.seeds.len()).sum();
     // As many workers as have something to do, with rows that leave none of them idle.
-    let workers = pools.len().clamp(1, units.len().max(1));
-    let rows = options.rows.max(1).div_ceil(workers).min(replies.div_ceil(workers)).max(1);
+    let most = options.rows.max(1);
+    let workers = pools.len().min(units.len()).min(most).max(1);
+    let rows = (most / workers).min(replies.div_ceil(workers)).max(1);
     let (next, busy) = (AtomicUsize::new(0), AtomicUsize::new(workers));
     let threads = pool::threads();
     let shared = Shared { model, prompts, options, sampler, units, rows, next, busy, threads, done };
