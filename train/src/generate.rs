@@ -130,10 +130,12 @@ pub fn generate(
     let units = units(prompts, pools.len().max(1));
     let replies: usize = prompts.iter().map(|p| p.seeds.len()).sum();
     // As many workers as have something to do, with rows that leave none of them idle.
-    let workers = pools.len().clamp(1, units.len().max(1));
-    let rows = options.rows.max(1).div_ceil(workers).min(replies.div_ceil(workers)).max(1);
+    let most = options.rows.max(1);
+    let workers = pools.len().min(units.len()).min(most).max(1);
+    let rows = (most / workers).min(replies.div_ceil(workers)).max(1);
     let (next, busy) = (AtomicUsize::new(0), AtomicUsize::new(workers));
-    let shared = Shared { model, prompts, options, sampler, units, rows, next, busy, done };
+    let threads = pool::threads();
+    let shared = Shared { model, prompts, options, sampler, units, rows, next, busy, threads, done };
     let made = match pools {
         [] => vec![shared.work()],
         pools => in_parallel(pools, workers, |_| shared.work()),
@@ -199,6 +201,8 @@ struct Shared<'a> {
     next: AtomicUsize,
     /// Workers that have not finished. They share the kernels' threads: a helper of one would take a core from another.
     busy: AtomicUsize,
+    /// The kernels' threads.
+    threads: usize,
     done: &'a (dyn Fn(usize, &Reply) + Sync),
 }
 
@@ -238,7 +242,7 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn run(mut self) -> Result<Vec<(Place, Reply)>, GenerateError> {
-        let Shared { model, options, units, rows, next, busy, .. } = self.shared;
+        let Shared { model, options, units, rows, next, busy, threads, .. } = self.shared;
         let context = options.context.unwrap_or(model.config().max_position_embeddings);
         let mut batcher = Batcher::new(model, BatchSettings::new(*rows, context));
         loop {
@@ -255,7 +259,7 @@ impl Worker<'_> {
             if batcher.is_idle() {
                 return Ok(self.made);
             }
-            let threads = pool::threads() / busy.load(Ordering::Relaxed).max(1);
+            let threads = *threads / busy.load(Ordering::Relaxed).max(1);
             pool::with_threads(threads, || self.step(&mut batcher))?;
         }
     }

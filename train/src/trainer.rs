@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
+use m1_kernels::base::pool;
 use m1_kernels::linear::Weight;
 use m1_kernels::log_prob::log_prob;
 use m1_model::batch::Batch;
@@ -256,16 +257,19 @@ pub(crate) fn in_parallel<T: Send>(
 ) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::with_capacity(jobs));
+    // The kernels' threads are shared out: a helper of one worker would take its core from another (measured on two cores: a
+    // step of nano at 4 x 512 tokens is 14 % faster so).
+    let threads = pool::threads() / pools.len().min(jobs).max(1);
     std::thread::scope(|scope| {
-        for pool in pools.iter().take(jobs) {
+        for worker in pools.iter().take(jobs) {
             scope.spawn(|| {
-                pool.install(|| {
+                worker.install(|| {
                     loop {
                         let i = next.fetch_add(1, Ordering::Relaxed);
                         if i >= jobs {
                             break;
                         }
-                        let result = job(i);
+                        let result = pool::with_threads(threads, || job(i));
                         done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
                     }
                 });

@@ -139,16 +139,20 @@ fn a_prefix_is_read_once_and_changes_nothing() {
         .collect();
     requests[1].keep = true;
     requests[4].keep = true;
-    let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(r.clone()).unwrap()).collect();
-    while !batcher.is_idle() {
-        seen.step(&mut batcher);
-    }
-    for ((request, id), i) in requests.iter().zip(&ids).zip(0..) {
-        assert_eq!(seen.results[id], alone(&engine, request), "request {i}");
-        assert_eq!(seen.prefixes.contains_key(id), request.keep);
-        if request.keep {
-            session.read(&request.prompt, &mut |_, _| true).unwrap();
-            assert_eq!(seen.prefixes[id].logits, session.logits());
+    for budget in [64, 512] {
+        let mut batcher = Batcher::new(engine.model(), settings(4, budget));
+        let mut seen = Seen::default();
+        let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(r.clone()).unwrap()).collect();
+        while !batcher.is_idle() {
+            seen.step(&mut batcher);
+        }
+        for ((request, id), i) in requests.iter().zip(&ids).zip(0..) {
+            assert_eq!(seen.results[id], alone(&engine, request), "request {i}, {budget}");
+            assert_eq!(seen.prefixes.contains_key(id), request.keep);
+            if request.keep {
+                session.read(&request.prompt, &mut |_, _| true).unwrap();
+                assert_eq!(seen.prefixes[id].logits, session.logits());
+            }
         }
     }
 }
