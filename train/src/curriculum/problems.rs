@@ -63,7 +63,7 @@ pub struct Level {
     /// Of the problems drawn now.
     pub difficulty: u8,
     /// Pass rates of the last groups at this difficulty, the oldest first.
-    pub recent: VecDeque<f64>,
+    pub recent: VecDeque<f32>, // f32: JSON gives an f64 back to its last digit but one
 }
 
 /// How far the run has come.
@@ -163,11 +163,11 @@ impl Curriculum {
         let begin = || Level { difficulty, recent: VecDeque::new() };
         let level = state.tasks.entry(problem.task.into()).or_insert_with(begin);
         level.difficulty = difficulty;
-        level.recent.push_back(pass_rate);
+        level.recent.push_back(pass_rate as f32);
         while level.recent.len() > self.settings.groups {
             level.recent.pop_front();
         }
-        let mean = level.recent.iter().sum::<f64>() / level.recent.len() as f64;
+        let mean = level.recent.iter().map(|&rate| f64::from(rate)).sum::<f64>() / level.recent.len() as f64;
         let full = level.recent.len() == self.settings.groups;
         if full && mean > self.settings.raise_above && difficulty < settings.max {
             *level = Level { difficulty: difficulty + 1, recent: VecDeque::new() };

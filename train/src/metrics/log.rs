@@ -46,22 +46,23 @@ impl<R: Row> MetricsLog<R> {
 /// Reads a log up to its end or its first broken line; a missing file holds nothing.
 pub fn read<R: Row>(path: &Path) -> io::Result<Vec<R>> {
     let mut all = Vec::new();
-    each(path, |row| {
+    each(path, |_, row| {
         all.push(row);
         Ok(true)
     })?;
     Ok(all)
 }
 
-/// Rewrites a file with its rows up to `step`, each shown to `kept`, and gives it open at its end.
+/// Rewrites a file with its lines up to `step` as they stand, their rows shown to `kept`, and gives it open at its end.
 pub(super) fn cut<R: Row>(path: &Path, step: u64, mut kept: impl FnMut(R)) -> io::Result<File> {
     let partial = partial(path);
     let mut file = BufWriter::new(File::create(&partial)?);
-    each(path, |row: R| {
+    each(path, |line, row: R| {
         if row.step() > step {
             return Ok(false);
         }
-        writeln!(file, "{}", serde_json::to_string(&row)?)?;
+        file.write_all(line)?;
+        file.write_all(b"\n")?;
         kept(row);
         Ok(true)
     })?;
@@ -76,16 +77,17 @@ pub(super) fn append(file: &mut File, row: &impl Serialize) -> io::Result<()> {
     file.write_all((serde_json::to_string(row)? + "\n").as_bytes())
 }
 
-/// Calls `take` with every row up to the first broken line, or until it says false.
-fn each<R: Row>(path: &Path, mut take: impl FnMut(R) -> io::Result<bool>) -> io::Result<()> {
+/// Calls `take` with every line and its row up to the first broken line, or until it says false.
+fn each<R: Row>(path: &Path, mut take: impl FnMut(&[u8], R) -> io::Result<bool>) -> io::Result<()> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e),
     };
     for line in BufReader::new(file).split(b'\n') {
-        let Ok(row) = serde_json::from_slice(&line?) else { break };
-        if !take(row)? {
+        let line = line?;
+        let Ok(row) = serde_json::from_slice(&line) else { break };
+        if !take(&line, row)? {
             break;
         }
     }
