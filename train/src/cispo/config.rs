@@ -432,6 +432,22 @@ mod tests {
     }
 
     #[test]
+    fn the_ready_configurations_are_good() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let mut found = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let (name, text) = (path.display().to_string(), std::fs::read_to_string(&path).unwrap());
+            let config = Config::read(&name, &text, &[]).unwrap();
+            // The laptop's is for m1-nano, whose context is 4,096.
+            let context = if name.ends_with("laptop.toml") { 4096 } else { 1_000_000 };
+            config.validate(&ModelConfig { max_position_embeddings: context, ..nano() }).unwrap();
+            found += 1;
+        }
+        assert_eq!(found, 3);
+    }
+
+    #[test]
     fn the_learning_rate_warms_up_and_stays() {
         let config =
             Config { train: TrainSettings { lr: 1e-3, warmup: 4, ..TrainSettings::default() }, ..Config::default() };

@@ -8,17 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
-use m1_infer::generation_config::GenerationConfig;
-use m1_infer::tokenizer::Tokenizer;
 use m1_model::config::ModelConfig;
 use m1_model::device::DeviceChoice;
 
 use crate::cispo::config::Config;
 use crate::cispo::{Cispo, Language, State};
-use crate::cli::run_args::{load_tokenizer, refuse_a_model};
+use crate::cli::run_args::refuse_a_model;
 use crate::cli::sft::copy_text_side;
 use crate::cli::{count, up_to, whole};
-use crate::data::{Data, DataConfig};
 use crate::report;
 use crate::run;
 use crate::supervised::Ended;
@@ -101,7 +98,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let model = ModelConfig::from_file(out.join("config.json"))?;
     let objective = state.config.validate(&model)?;
-    let language = language(out)?;
+    let language = Language::open(out)?;
     eprintln!(
         "{}: {} steps of {} problems × {} responses, {} updates each, {threads} threads",
         state.config.name,
@@ -154,7 +151,7 @@ fn start(args: &Args, config: Config, out: &Path, threads: usize, device: &Devic
     }
     refuse_a_started_run(out)?;
     config.validate(&ModelConfig::from_file(model.join("config.json")).context("--model")?)?;
-    language(model).context("--model")?;
+    Language::open(model).context("--model")?;
     let loaded = run::load_model(model, device).context("--model")?;
     let trainer = Trainer::new(loaded, config.optimizer(), config.train.micro_tokens, threads, 0)?;
     fs::create_dir_all(out).with_context(|| format!("--out {}", out.display()))?;
@@ -202,17 +199,6 @@ fn resume(
     let config = &state.config;
     let trainer = run::take_up(folder, config.optimizer(), config.train.micro_tokens, threads, state.updates, device)?;
     Ok((state, trainer))
-}
-
-/// Tokenizer, ends of a turn and problems of a model directory.
-fn language(model: &Path) -> anyhow::Result<Language> {
-    let tokenizer = Tokenizer::from_dir(model)?;
-    let end_ids = GenerationConfig::read(model)?.unwrap_or_default().end_ids(&tokenizer);
-    if end_ids.is_empty() {
-        bail!("{}: no end-of-turn id in generation_config.json or tokenizer_config.json", model.display());
-    }
-    let data = Data::new(DataConfig::default(), load_tokenizer(model)?)?;
-    Ok(Language { data, tokenizer, end_ids })
 }
 
 /// A flag that Ctrl-C and SIGTERM set; the second time the process ends at once.
