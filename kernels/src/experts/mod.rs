@@ -7,6 +7,7 @@ mod backward;
 mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+#[allow(clippy::if_same_then_else)] // nor does it know `||` that stops early
 pub mod cube;
 mod groups;
 pub mod reference;
@@ -40,7 +41,7 @@ pub struct Choices(Made);
 enum Made {
     OnHost(Arc<[u32]>),
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    OnDevice(cube::route::OnDevice),
+    OnDevice(Box<cube::route::OnDevice>),
 }
 
 impl Choices {
@@ -72,7 +73,7 @@ impl Choices {
 
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     fn chosen(plan: cube::route::OnDevice) -> Self {
-        Self(Made::OnDevice(plan))
+        Self(Made::OnDevice(Box::new(plan)))
     }
 
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
