@@ -45,7 +45,7 @@ use crate::supervised::Ended;
 use crate::tasks;
 use crate::trainer::{TrainError, Trainer};
 use crate::view::View;
-use config::{Config, OldLogProbs};
+use config::{ComputeDtype, Config, OldLogProbs, TrainSettings};
 use groups::{Group, describe, perplexity};
 use updates::{Part, mini_batches};
 
@@ -223,7 +223,9 @@ impl<'a> Cispo<'a> {
         let events = EventWriter::create(out, "rl", state.step).map_err(io_error(out))?;
         let view = View::stderr(Some(state.config.steps), log.history());
         let curriculum = Curriculum::new(state.config.curriculum.clone())?;
-        let trainer = trainer.with_gradient_checkpointing(state.config.train.gradient_checkpointing);
+        let TrainSettings { gradient_checkpointing, dtype, .. } = state.config.train;
+        let trainer =
+            trainer.with_gradient_checkpointing(gradient_checkpointing).with_bf16(dtype == ComputeDtype::Bf16);
         Ok(Self { out: out.into(), trainer, state, objective, curriculum, language, log, samples, events, view })
     }
 
@@ -309,7 +311,7 @@ impl<'a> Cispo<'a> {
     fn sample(&mut self, metrics: &mut RlMetrics) -> Result<Vec<Group>, CispoError> {
         let (began, step) = (Instant::now(), self.state.step);
         let (settings, seed) = (self.state.config.rollout.clone(), self.state.config.seed);
-        let model = for_generation(self.trainer.model())?;
+        let model = for_generation(&self.trainer.computing())?;
         let window = self.state.config.window.max_tokens(&self.state.window);
         let options = self.generate_options(&model, window);
         let draws = Draws { run_seed: seed, step, samples: settings.samples };
@@ -499,7 +501,7 @@ impl<'a> Cispo<'a> {
     fn evaluate(&mut self, metrics: &mut RlMetrics) -> Result<(), CispoError> {
         let began = Instant::now();
         let config = &self.state.config;
-        let model = for_generation(self.trainer.model())?;
+        let model = for_generation(&self.trainer.computing())?;
         let settings = EvalSettings {
             difficulties: config.eval.difficulties.clone(),
             problems: config.eval.problems,

@@ -4,7 +4,7 @@
 //! needs to know ranks or Burn's parameter ids (which are drawn anew at every load and would orphan saved moments).
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{DType, Gradients, Tensor};
 use m1_kernels::adamw::sum_of_squares;
 
 /// What a parameter is called and whether it is a matrix.
@@ -83,14 +83,38 @@ pub fn tracked<M: Module>(model: &M) -> M {
     model.clone().map(&mut Track)
 }
 
-/// Takes the gradients of a [`tracked`] model, flattened; none for a parameter that the loss does not depend on
-/// (an expert that no token was sent to).
+/// A copy to compute with whose matrices are rounded to bf16: all but the routers and the head, which M1 keeps in f32 in
+/// training and generation alike (SPEC §4). The model itself stays as the masters that an optimizer changes.
+pub fn in_bf16<M: Module>(model: &M) -> M {
+    struct Round(Vec<String>);
+    impl ModuleMapper for Round {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.0.push(name.to_owned());
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.0.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let path = self.0.join(".");
+            let stays = D < 2 || path.contains("block_sparse_moe.gate") || path.contains("lm_head");
+            let (id, value, _) = param.consume();
+            Param::initialized(id, if stays { value } else { value.cast(DType::BF16) })
+        }
+    }
+    model.clone().map(&mut Round(Vec::new()))
+}
+
+/// Takes the gradients of a [`tracked`] model, flattened and in f32; none for a parameter that the loss does not depend
+/// on (an expert that no token was sent to).
 pub fn take_gradients<M: Module>(model: &M, gradients: &mut Gradients) -> Vec<Option<Tensor<1>>> {
     struct Take<'a>(&'a mut Gradients, Vec<Option<Tensor<1>>>);
     impl ModuleVisitor for Take<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let gradient = param.val().grad_remove(self.0);
-            self.1.push(gradient.map(|g| g.flatten(0, D - 1)));
+            self.1.push(gradient.map(|g| {
+                let g = g.flatten(0, D - 1);
+                if g.dtype() == DType::F32 { g } else { g.cast(DType::F32) }
+            }));
         }
     }
     let mut visitor = Take(gradients, Vec::new());

@@ -82,6 +82,7 @@ pub struct Trainer {
     pools: Vec<rayon::ThreadPool>,
     micro_tokens: usize,
     gradient_checkpointing: bool,
+    bf16: bool,
     steps: u64,
 }
 
@@ -107,6 +108,7 @@ impl Trainer {
             pools,
             micro_tokens,
             gradient_checkpointing: false,
+            bf16: false,
             steps,
         })
     }
@@ -170,7 +172,8 @@ impl Trainer {
         let start = Instant::now();
         let step = self.steps + 1;
         let tokens: usize = batches.iter().map(Batch::tokens).sum();
-        let (model, checkpointing) = (self.model(), self.gradient_checkpointing);
+        let (computing, checkpointing) = (self.computing(), self.gradient_checkpointing);
+        let model = &computing;
         let parts = in_parallel(&self.pools, batches.len(), |i| {
             let aux_share = batches[i].tokens() as f64 / tokens as f64;
             let loss = |hidden, head: &Weight<2>| loss(i, hidden, head);
@@ -180,6 +183,7 @@ impl Trainer {
                 forward_backward(model, &batches[i], loss, aux_share)
             }
         });
+        drop(computing); // the weights have one owner again
         let (mut total, mut aux_loss) = (0.0, 0.0);
         let mut load = Load::new(self.model());
         let mut gradients = Vec::with_capacity(parts.len());
@@ -220,7 +224,7 @@ impl Trainer {
     /// `f(i, hidden, head)` of every batch under the model as it stands, with the bits that [`Trainer::update`] would see, and
     /// without a backward pass.
     pub fn forward<T: Send>(&self, batches: &[&Batch], f: impl Fn(usize, Tensor<2>, &Weight<2>) -> T + Sync) -> Vec<T> {
-        let model = self.model();
+        let model = &self.computing();
         in_parallel(&self.pools, batches.len(), |i| {
             let (hidden, head) = if self.gradient_checkpointing {
                 gradient_checkpointing::forward(model, batches[i])
@@ -236,6 +240,18 @@ impl Trainer {
     pub fn with_gradient_checkpointing(mut self, on: bool) -> Self {
         self.gradient_checkpointing = on;
         self
+    }
+
+    /// Computes with matrices rounded to bf16 ([`parameters::in_bf16`]); the model that is trained stays in f32, so that steps
+    /// smaller than a bf16 can tell add up.
+    pub fn with_bf16(mut self, on: bool) -> Self {
+        self.bf16 = on;
+        self
+    }
+
+    /// The model in the form that it is computed with; what draws responses is made of this one.
+    pub fn computing(&self) -> M1 {
+        if self.bf16 { parameters::in_bf16(self.model()) } else { self.model().clone() }
     }
 
     /// Threads, each on a part of its own.

@@ -117,6 +117,16 @@ pub enum OldLogProbs {
     Training,
 }
 
+/// What forward and backward passes are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// The weights as they are trained.
+    F32,
+    /// Matrices rounded to bf16, beside masters in f32; routers, norms and head stay f32.
+    Bf16,
+}
+
 /// The `[train]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -141,6 +151,8 @@ pub struct TrainSettings {
     pub clip: f64,
     /// Weight of the mean entropy of the policy, which is added to what is maximised; 0 is off.
     pub entropy: f64,
+    /// `f32`, or `bf16` with masters in f32: for devices that multiply bf16 faster.
+    pub dtype: ComputeDtype,
     /// Tokens of the parts that an update is split into.
     pub micro_tokens: usize,
     /// Run each layer again in the backward pass instead of keeping its activations.
@@ -225,6 +237,7 @@ impl Default for TrainSettings {
             weight_decay: 0.0,
             clip,
             entropy: 0.0,
+            dtype: ComputeDtype::F32,
             micro_tokens: 4096,
             gradient_checkpointing: false,
             max_skipped: 8,
