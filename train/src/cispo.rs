@@ -15,15 +15,17 @@
 
 pub mod config;
 pub mod groups;
+mod language;
+mod sums;
 pub mod updates;
+
+pub use language::{Language, LanguageError};
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use indicatif::ProgressBar;
-use m1_infer::generation_config::GenerationConfig;
-use m1_infer::tokenizer::Tokenizer;
 use m1_kernels::base::packed::PackError;
 use m1_kernels::log_prob::log_prob;
 use m1_model::checkpoint::WeightDtype;
@@ -31,10 +33,10 @@ use m1_model::model::M1;
 use serde::{Deserialize, Serialize};
 
 use crate::curriculum::{Curriculum, CurriculumError, CurriculumState, WindowState};
-use crate::data::{Data, DataConfig, DataError};
+use crate::data::DataError;
 use crate::eval::{self, EvalError, EvalSettings, Subject};
 use crate::generate::{Ending, GenerateError, GenerateOptions};
-use crate::loss::{LossError, Objective, Statistics, policy_loss};
+use crate::loss::{LossError, Objective, policy_loss};
 use crate::metrics::{EventWriter, MetricsLog, RlMetrics, SampleLog};
 use crate::mismatch::Mismatch;
 use crate::plot::{self, PlotError};
@@ -47,6 +49,7 @@ use crate::trainer::{TrainError, Trainer};
 use crate::view::View;
 use config::{ComputeDtype, Config, OldLogProbs, TrainSettings};
 use groups::{Group, describe, perplexity};
+use sums::Sums;
 use updates::{Part, mini_batches};
 
 /// What a resumption needs beside weights and moments; `run.json` of a checkpoint.
@@ -132,62 +135,6 @@ pub enum CispoError {
     /// The plot could not be written.
     #[error(transparent)]
     Plot(#[from] PlotError),
-}
-
-/// The model's text side, and what may be drawn.
-pub struct Language {
-    /// Asks problems.
-    pub data: Data,
-    /// Reads responses.
-    pub tokenizer: Tokenizer,
-    /// Ids that end a response.
-    pub end_ids: Vec<u32>,
-}
-
-/// Why a model's text side could not be set up.
-#[derive(Debug, thiserror::Error)]
-pub enum LanguageError {
-    /// tokenizer.json and what goes with it.
-    #[error(transparent)]
-    Tokenizer(#[from] m1_infer::tokenizer::TokenizerError),
-    /// generation_config.json.
-    #[error(transparent)]
-    Generation(#[from] m1_infer::generation_config::GenerationConfigError),
-    /// The tokenizer as training reads it.
-    #[error("{path}: {reason}")]
-    Vocabulary {
-        /// The file.
-        path: String,
-        /// What the tokenizers crate said.
-        reason: String,
-    },
-    /// Nothing says how a response ends.
-    #[error("{path}: no end-of-turn id in generation_config.json or tokenizer_config.json")]
-    NoEnd {
-        /// The directory.
-        path: String,
-    },
-    /// The vocabulary lacks what a conversation is made of.
-    #[error(transparent)]
-    Data(#[from] DataError),
-}
-
-impl Language {
-    /// That of a model directory in Hugging Face form.
-    ///
-    /// # Errors
-    /// What is missing or wrong in it.
-    pub fn open(model: &Path) -> Result<Self, LanguageError> {
-        let tokenizer = Tokenizer::from_dir(model)?;
-        let end_ids = GenerationConfig::read(model)?.unwrap_or_default().end_ids(&tokenizer);
-        if end_ids.is_empty() {
-            return Err(LanguageError::NoEnd { path: model.display().to_string() });
-        }
-        let path = model.join("tokenizer.json");
-        let vocabulary = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| LanguageError::Vocabulary { path: path.display().to_string(), reason: e.to_string() })?;
-        Ok(Self { data: Data::new(DataConfig::default(), vocabulary)?, tokenizer, end_ids })
-    }
 }
 
 /// A run under way.
@@ -571,53 +518,4 @@ impl<'a> Cispo<'a> {
 /// The model that draws: the trained weights, on the CPU in the form that decoding reads fastest.
 fn for_generation(model: &M1) -> Result<M1, PackError> {
     if m1_kernels::base::on_cpu(&model.model.norm.weight.val()) { model.packed() } else { Ok(model.clone()) }
-}
-
-/// What the updates of a step say together.
-#[derive(Debug)]
-struct Sums {
-    statistics: Statistics,
-    entropy: f64,
-    aux_loss: f64,
-    grad_norm: f64,
-    load_min: f64,
-    load_max: f64,
-    made: u64,
-    read: usize,
-}
-
-impl Default for Sums {
-    fn default() -> Self {
-        Self {
-            statistics: Statistics::default(),
-            entropy: 0.0,
-            aux_loss: 0.0,
-            grad_norm: 0.0,
-            load_min: f64::INFINITY,
-            load_max: 0.0,
-            made: 0,
-            read: 0,
-        }
-    }
-}
-
-impl Sums {
-    fn describe(&self, metrics: &mut RlMetrics) {
-        if self.made == 0 || self.statistics.tokens == 0 {
-            return;
-        }
-        let (made, s) = (self.made as f64, &self.statistics);
-        metrics.loss = s.loss / made;
-        metrics.aux_loss = self.aux_loss / made;
-        metrics.grad_norm = self.grad_norm / made;
-        metrics.entropy = self.entropy / s.tokens as f64;
-        metrics.ratio_min = s.ratio_min.into();
-        metrics.ratio_mean = s.ratio_mean();
-        metrics.ratio_max = s.ratio_max.into();
-        metrics.clip_frac_pos = s.positive_clip_fraction();
-        metrics.clip_frac_neg = s.negative_clip_fraction();
-        metrics.approx_kl = s.approx_kl();
-        metrics.expert_load_min = self.load_min;
-        metrics.expert_load_max = self.load_max;
-    }
 }
