@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
@@ -68,7 +69,7 @@ fn train(args: Args) -> anyhow::Result<()> {
     let trainer = Trainer::new(model, config.optimizer(), config.train.micro_tokens, threads, 0)?;
     let language = Language::open(&args.model)?;
     std::fs::create_dir_all(out)?;
-    Cispo::new(out, trainer, State::new(config), objective, &language)?.train(&AtomicBool::new(false))?;
+    Cispo::new(out, trainer, State::new(config), objective, &language)?.train(&Arc::new(AtomicBool::new(false)))?;
 
     let steps = read::<RlMetrics>(&out.join("metrics.jsonl"))?;
     let solved = |m: Option<&RlMetrics>| m.and_then(|m| m.eval_pass_rate).unwrap_or(f64::NAN) * 100.0;

@@ -22,6 +22,7 @@ pub mod updates;
 pub use language::{Language, LanguageError};
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -191,12 +192,12 @@ impl<'a> Cispo<'a> {
         self.trainer.model()
     }
 
-    /// Trains until the configuration's steps are done, `stop` is set or something fails; whatever the end, a checkpoint of
-    /// the last step is there.
+    /// Trains until the configuration's steps are done, `stop` is set or something fails. Where it is stopped, sampling ends at
+    /// the next token and updates at the end of their step; a checkpoint of the last step is there.
     ///
     /// # Errors
     /// See [`CispoError`].
-    pub fn train(&mut self, stop: &AtomicBool) -> Result<Ended, CispoError> {
+    pub fn train(&mut self, stop: &Arc<AtomicBool>) -> Result<Ended, CispoError> {
         let (before, began) = (self.state.elapsed_s, Instant::now());
         if let Some(warning) = rollout::bias_warning(&self.state.config.sampling()) {
             self.view.message(&format!("warning: {warning}"));
@@ -214,7 +215,15 @@ impl<'a> Cispo<'a> {
                 return Ok(Ended::Interrupted);
             }
             let mut metrics = RlMetrics { step: self.state.step + 1, checkpoint_s, ..RlMetrics::default() };
-            let groups = self.sample(&mut metrics)?;
+            let start = self.state.clone();
+            let groups = match self.sample(stop, &mut metrics) {
+                // Nothing is learned yet: the step begins anew when the run is resumed.
+                Err(CispoError::Generate(GenerateError::Interrupted)) => {
+                    self.state = start;
+                    continue;
+                }
+                sampled => sampled?,
+            };
             let kept: Vec<&Group> = groups.iter().filter(|group| group.kept).collect();
             self.learn(&kept, &mut metrics)?;
 
@@ -255,12 +264,12 @@ impl<'a> Cispo<'a> {
     }
 
     /// Sample and score: groups of responses to new problems, with others in the place of those that teach nothing.
-    fn sample(&mut self, metrics: &mut RlMetrics) -> Result<Vec<Group>, CispoError> {
+    fn sample(&mut self, stop: &Arc<AtomicBool>, metrics: &mut RlMetrics) -> Result<Vec<Group>, CispoError> {
         let (began, step) = (Instant::now(), self.state.step);
         let (settings, seed) = (self.state.config.rollout.clone(), self.state.config.seed);
         let model = for_generation(&self.trainer.computing())?;
         let window = self.state.config.window.max_tokens(&self.state.window);
-        let options = self.generate_options(&model, window);
+        let options = GenerateOptions { stop: Some(stop.clone()), ..self.generate_options(&model, window) };
         let draws = Draws { run_seed: seed, step, samples: settings.samples };
         let (mut groups, mut tokens, mut reward_s): (Vec<Group>, u64, f64) = (Vec::new(), 0, 0.0);
         for round in 0..settings.rounds {
@@ -487,6 +496,7 @@ impl<'a> Cispo<'a> {
             repetition: Some(self.state.config.rollout.repetition),
             rows: self.state.config.rollout.rows,
             context: None,
+            stop: None,
         }
     }
 

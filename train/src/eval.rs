@@ -170,6 +170,7 @@ pub fn evaluate(
             repetition: None,
             rows: settings.rows * pools.len().max(1),
             context: None,
+            stop: None,
         };
         let replies = generate(model, &prompts, &options, pools, &|_, _| bar.inc(1))?;
         results.extend(asked.iter().zip(replies.into_iter().flatten()).map(|(asked, reply)| (mode, asked, reply)));

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use m1_infer::batching::{BatchSettings, Batcher, Event, Request, RequestId};
 use m1_infer::engine::{EngineError, Finish};
@@ -34,6 +34,8 @@ pub struct GenerateOptions {
     pub rows: usize,
     /// The most tokens of prompt and reply; `None`: the model's `max_position_embeddings`.
     pub context: Option<usize>,
+    /// Set to end it between two tokens, with [`GenerateError::Interrupted`].
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 /// A reply that has gone round in circles is told by its certainty (SPEC §4): `count` consecutive tokens, each of a
@@ -111,6 +113,9 @@ pub enum GenerateError {
     /// The device failed.
     #[error(transparent)]
     Engine(EngineError),
+    /// [`GenerateOptions::stop`] was set.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 /// Replies to all prompts in their order, one for each seed in the seeds' order. Each of `pools` gets a worker; with none
@@ -258,6 +263,9 @@ impl Worker<'_> {
             }
             if batcher.is_idle() {
                 return Ok(self.made);
+            }
+            if options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                return Err(GenerateError::Interrupted);
             }
             let threads = *threads / busy.load(Ordering::Relaxed).max(1);
             pool::with_threads(threads, || self.step(&mut batcher))?;

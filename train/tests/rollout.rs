@@ -49,6 +49,7 @@ fn options(rows: usize) -> GenerateOptions {
         repetition: None,
         rows,
         context: None,
+        stop: None,
     }
 }
 
@@ -149,6 +150,8 @@ fn a_prompt_that_cannot_be_continued_is_named() {
     asks[1].prompt = vec![9999];
     assert_eq!(fails(&asks, &options(4)), "prompt 1: token 0 has id 9999, and the model's vocabulary ends at 1279");
     let sampling = SamplingOptions { top_p: 0.0, ..plain_sampling() };
+    let stop = Some(std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true)));
+    assert_eq!(fails(&asks[..1], &GenerateOptions { stop, ..options(4) }), "interrupted");
     assert!(fails(&asks, &GenerateOptions { sampling, ..options(4) }).starts_with("top_p is 0"));
 }
 

@@ -209,7 +209,7 @@ fn stop_on_signal(view: View) -> anyhow::Result<Arc<AtomicBool>> {
         if set.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        view.message("stopping after this step; once more to leave without saving");
+        view.message("stopping and saving; once more to leave without saving");
     })?;
     Ok(stop)
 }
