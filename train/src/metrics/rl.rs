@@ -58,10 +58,10 @@ pub struct RlMetrics {
     /// Largest ratio.
     #[serde(default = "nan", deserialize_with = "number")]
     pub ratio_max: f64,
-    /// Fraction of the tokens that are clipped and have an advantage above 0.
+    /// Fraction of the tokens with an advantage above 0 that are clipped.
     #[serde(default = "nan", deserialize_with = "number")]
     pub clip_frac_pos: f64,
-    /// Fraction of the tokens that are clipped and have an advantage below 0.
+    /// Fraction of the tokens with an advantage below 0 that are clipped.
     #[serde(default = "nan", deserialize_with = "number")]
     pub clip_frac_neg: f64,
     /// Estimate of KL(π_old ‖ π) per token, mean of r − 1 − ln r, in nats.
