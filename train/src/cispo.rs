@@ -15,11 +15,8 @@
 
 pub mod config;
 pub mod groups;
-mod language;
 mod sums;
 pub mod updates;
-
-pub use language::{Language, LanguageError};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,6 +34,7 @@ use crate::curriculum::{Curriculum, CurriculumError, CurriculumState, WindowStat
 use crate::data::DataError;
 use crate::eval::{self, EvalError, EvalSettings, Subject};
 use crate::generate::{Ending, GenerateError, GenerateOptions};
+use crate::language::Language;
 use crate::loss::{LossError, Objective, policy_loss};
 use crate::metrics::{EventWriter, MetricsLog, RlMetrics, SampleLog};
 use crate::mismatch::Mismatch;
@@ -150,6 +148,8 @@ pub struct Cispo<'a> {
     samples: SampleLog,
     events: EventWriter,
     view: View,
+    /// The weights as an evaluation drew from them, for the rollouts that follow it.
+    drawing: Option<M1>,
 }
 
 impl<'a> Cispo<'a> {
@@ -174,7 +174,19 @@ impl<'a> Cispo<'a> {
         let TrainSettings { gradient_checkpointing, dtype, .. } = state.config.train;
         let trainer =
             trainer.with_gradient_checkpointing(gradient_checkpointing).with_bf16(dtype == ComputeDtype::Bf16);
-        Ok(Self { out: out.into(), trainer, state, objective, curriculum, language, log, samples, events, view })
+        Ok(Self {
+            out: out.into(),
+            trainer,
+            state,
+            objective,
+            curriculum,
+            language,
+            log,
+            samples,
+            events,
+            view,
+            drawing: None,
+        })
     }
 
     /// The live view, to send messages to.
@@ -267,7 +279,10 @@ impl<'a> Cispo<'a> {
     fn sample(&mut self, stop: &Arc<AtomicBool>, metrics: &mut RlMetrics) -> Result<Vec<Group>, CispoError> {
         let (began, step) = (Instant::now(), self.state.step);
         let (settings, seed) = (self.state.config.rollout.clone(), self.state.config.seed);
-        let model = for_generation(&self.trainer.computing())?;
+        let model = match self.drawing.take() {
+            Some(model) => model,
+            None => for_generation(&self.trainer.computing())?,
+        };
         let window = self.state.config.window.max_tokens(&self.state.window);
         let options = GenerateOptions { stop: Some(stop.clone()), ..self.generate_options(&model, window) };
         let draws = Draws { run_seed: seed, step, samples: settings.samples };
@@ -484,6 +499,7 @@ impl<'a> Cispo<'a> {
         }
         metrics.eval_pass_rate = Some(solved as f64 / asked.max(1) as f64);
         metrics.eval_s = began.elapsed().as_secs_f64();
+        self.drawing = Some(model);
         Ok(())
     }
 

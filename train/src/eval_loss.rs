@@ -4,7 +4,7 @@ use m1_model::model::M1;
 use m1_model::trace::Trace;
 
 use crate::data::Example;
-use crate::trainer::{TrainError, cross_entropy_sum, in_parallel, split, targets};
+use crate::trainer::{TrainError, cross_entropy_sum, in_parallel, split, targets, workers};
 
 /// Examples to measure by and when to do it.
 pub struct EvalSet {
@@ -24,10 +24,7 @@ impl EvalSet {
         if examples.iter().all(|example| targets(example) == 0) {
             return Err(TrainError::NothingToLearn { step: 0, examples: examples.len() });
         }
-        let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
-        let pools = (0..threads.max(1)).map(pool).collect::<Result<Vec<_>, _>>();
-        let pools = pools.map_err(|e| TrainError::Threads { threads, reason: e.to_string() })?;
-        Ok(Self { examples, every: every.max(1), micro_tokens, pools })
+        Ok(Self { examples, every: every.max(1), micro_tokens, pools: workers(threads)? })
     }
 
     /// Mean cross-entropy of the tokens to be predicted, in nats. The same for any number of threads.

@@ -10,6 +10,7 @@ pub mod eval_loss;
 pub mod generate;
 pub mod gradient_checkpointing;
 pub mod jsonl;
+pub mod language;
 pub mod loss;
 pub mod metrics;
 pub mod mismatch;

@@ -1,9 +1,9 @@
 //! The curves of a run as an SVG, every step pale and a running mean dark: the loss of pretraining on a logarithmic scale
 //! over tokens seen, or the four curves that reinforcement learning is watched by, over steps.
 
-use std::fs;
 use std::path::Path;
 
+use m1_infer::files;
 use plotters::prelude::*;
 
 use crate::metrics::{RlMetrics, StepMetrics};
@@ -53,10 +53,7 @@ pub fn rl_svg(path: &Path, title: &str, history: &[RlMetrics]) -> Result<(), Plo
 }
 
 fn write(path: &Path, svg: &str) -> Result<(), PlotError> {
-    let partial = path.with_extension("svg.partial");
-    fs::write(&partial, svg)
-        .and_then(|()| fs::rename(&partial, path))
-        .map_err(|source| PlotError::Write { path: path.display().to_string(), source })
+    files::write(path, svg.as_bytes()).map_err(|source| PlotError::Write { path: path.display().to_string(), source })
 }
 
 fn draw_rl(svg: &mut String, title: &str, history: &[RlMetrics]) -> Result<(), Box<dyn std::error::Error>> {
@@ -199,6 +196,7 @@ fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn history(n: u64, loss: impl Fn(u64) -> f64) -> Vec<StepMetrics> {
         let step = |step| StepMetrics {

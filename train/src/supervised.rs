@@ -1,11 +1,11 @@
 //! The loop of pretraining and supervised fine-tuning: read, step, write down, now and then evaluate and save.
 
-use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use m1_infer::files;
 use m1_model::checkpoint::WeightDtype;
 use serde::Serialize;
 
@@ -171,9 +171,8 @@ fn evaluate<D>(
     let path = out.join("eval.jsonl");
     let named = io_error(&path);
     let text = lines.map(|line| line.map(|line| line + "\n")).collect::<Result<String, _>>();
-    let partial = path.with_extension("jsonl.partial");
     let text = text.map_err(|e| named(e.into()))?;
-    fs::write(&partial, text).and_then(|()| fs::rename(&partial, &path)).map_err(named)?;
+    files::write(&path, text.as_bytes()).map_err(named)?;
     Ok(())
 }
 

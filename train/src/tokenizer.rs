@@ -144,10 +144,8 @@ pub fn save(tokenizer: &Tokenizer, directory: &Path) -> Result<(), TokenizerErro
 }
 
 fn write(path: &Path, text: &str) -> Result<(), TokenizerError> {
-    let named = |source| TokenizerError::Write { path: path.display().to_string(), source };
-    let temporary = path.with_extension("json.tmp");
-    std::fs::write(&temporary, text).map_err(named)?;
-    std::fs::rename(&temporary, path).map_err(named)
+    m1_infer::files::write(path, text.as_bytes())
+        .map_err(|source| TokenizerError::Write { path: path.display().to_string(), source })
 }
 
 #[cfg(test)]

@@ -97,15 +97,11 @@ impl Trainer {
         threads: usize,
         steps: u64,
     ) -> Result<Self, TrainError> {
-        // One pool of one thread per worker: whatever Burn spreads over rayon then stays in that worker's thread.
-        let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
-        let pools = (0..threads.max(1)).map(pool).collect::<Result<Vec<_>, _>>();
-        let pools = pools.map_err(|e| TrainError::Threads { threads, reason: e.to_string() })?;
         Ok(Self {
             device: model.device(),
             optimizer: Optimizer::new(settings, parameters::infos(&model)),
             model: Some(model),
-            pools,
+            pools: workers(threads)?,
             micro_tokens,
             gradient_checkpointing: false,
             bf16: false,
@@ -263,6 +259,13 @@ impl Trainer {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+/// A pool of one thread for each worker: whatever Burn spreads over rayon then stays in that worker's thread.
+pub(crate) fn workers(threads: usize) -> Result<Vec<rayon::ThreadPool>, TrainError> {
+    let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pools = (0..threads.max(1)).map(pool).collect::<Result<Vec<_>, _>>();
+    pools.map_err(|e| TrainError::Threads { threads, reason: e.to_string() })
 }
 
 /// Runs `job(0..jobs)` on the pools' threads, whoever is free taking the next; the results come in the jobs' order.

@@ -20,7 +20,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use crate::cli::{count, run_args, up_to};
+use crate::cli::{count, run_args, threads, up_to};
 use crate::data::Example;
 use crate::optimizer::OptimizerSettings;
 use crate::trainer::Trainer;
@@ -82,10 +82,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let device = args.device.open()?;
     eprintln!("device: {}", device.name);
     let (name, model) = model(&args, &device)?;
-    let threads = match args.threads {
-        Some(n) => n as usize,
-        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-    };
+    let threads = threads(args.threads);
     let micro_tokens = args.micro_tokens.unwrap_or(run_args::MICRO_TOKENS) as usize;
     let config = model.config().clone();
     let mut trainer = Trainer::new(model, OptimizerSettings::default(), micro_tokens, threads, 0)?
@@ -98,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let mut row = || (0..tokens).map(|_| random.random_range(0..vocab)).collect();
         (0..batch).map(|_| Example { ids: row(), loss: vec![true; tokens] }).collect()
     };
-    let stop = run_args::stop_on_signal("stopping after this step; once more to leave at once")?;
+    let stop = run_args::stop_on_signal(|| eprintln!("\nstopping after this step; once more to leave at once"))?;
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
     for step in 1..=WARM_UP + args.repetitions {
         let examples = examples();

@@ -3,24 +3,23 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
+use m1_infer::files;
 use m1_model::config::ModelConfig;
 use m1_model::device::DeviceChoice;
 
 use crate::cispo::config::Config;
-use crate::cispo::{Cispo, Language, State};
-use crate::cli::run_args::refuse_a_model;
+use crate::cispo::{Cispo, State};
+use crate::cli::run_args::{refuse_a_model, stop_on_signal};
 use crate::cli::sft::copy_text_side;
-use crate::cli::{count, up_to, whole};
+use crate::cli::{count, threads, up_to, whole};
+use crate::language::Language;
 use crate::report;
 use crate::run;
 use crate::supervised::Ended;
 use crate::trainer::Trainer;
-use crate::view::View;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -82,10 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let out = args.out.as_deref().context("--out: which directory?")?;
     let open = args.device.open()?;
     eprintln!("device: {}", open.name);
-    let threads = match args.threads {
-        Some(n) => n as usize,
-        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-    };
+    let threads = threads(args.threads);
     let checkpoint = run::latest::<State>(out)?;
     let (state, trainer) = match (&checkpoint, args.resume) {
         (Some((folder, saved)), true) => resume(&args, config, folder, saved, threads, &open.device)?,
@@ -108,7 +104,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         state.config.train.updates
     );
     let mut run = Cispo::new(out, trainer, state, objective, &language)?;
-    let stop = stop_on_signal(run.view())?;
+    let view = run.view();
+    let stop = stop_on_signal(move || view.message("stopping and saving; once more to leave without saving"))?;
     let ended = run.train(&stop)?;
     for warning in report::write(&out.join("report.html"), &[out.to_owned()], &report::Options::default())? {
         eprintln!("{warning}");
@@ -159,7 +156,7 @@ fn start(args: &Args, config: Config, out: &Path, threads: usize, device: &Devic
     for (name, text) in
         [("config.json", fs::read_to_string(model.join("config.json"))?), ("config.toml", config.to_toml())]
     {
-        crate::cli::eval::write(&out.join(name), &text).with_context(|| out.join(name).display().to_string())?;
+        files::write(&out.join(name), text.as_bytes()).with_context(|| out.join(name).display().to_string())?;
     }
     Ok((State::new(config), trainer))
 }
@@ -199,17 +196,4 @@ fn resume(
     let config = &state.config;
     let trainer = run::take_up(folder, config.optimizer(), config.train.micro_tokens, threads, state.updates, device)?;
     Ok((state, trainer))
-}
-
-/// A flag that Ctrl-C and SIGTERM set; the second time the process ends at once.
-fn stop_on_signal(view: View) -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = stop.clone();
-    ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        view.message("stopping and saving; once more to leave without saving");
-    })?;
-    Ok(stop)
 }

@@ -1,24 +1,22 @@
 //! `m1-train eval`: accuracy on problems that training never saw.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use m1_infer::generation_config::GenerationConfig;
+use m1_infer::files;
 use m1_infer::sampler::SamplingOptions;
-use m1_infer::tokenizer::Tokenizer;
 use m1_model::checkpoint::{self, Bits, LoadOptions, Quantization, WeightDtype};
 use m1_model::device::DeviceChoice;
 
-use crate::cli::run_args::load_tokenizer;
-use crate::cli::{count, up_to, whole};
-use crate::data::{Data, DataConfig};
+use crate::cli::{count, threads, up_to, whole};
 use crate::eval::{EvalSettings, Mode, Subject, evaluate, markdown};
+use crate::language::Language;
 use crate::tasks;
+use crate::trainer::workers;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -129,20 +127,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let quantize = quantize.map_err(anyhow::Error::msg)?;
     let options = LoadOptions { dtype: args.dtype, quantize, ..LoadOptions::default() };
     let model = checkpoint::load(&args.model, &open.device, &options)?;
-    let tokenizer = Tokenizer::from_dir(&args.model)?;
-    let generation = GenerationConfig::read(&args.model)?.unwrap_or_default();
-    let end_ids = generation.end_ids(&tokenizer);
-    if end_ids.is_empty() {
-        bail!("{}: no end-of-turn id in generation_config.json or tokenizer_config.json", args.model.display());
-    }
-    let data = Data::new(DataConfig::default(), load_tokenizer(&args.model)?)?;
+    let Language { data, tokenizer, end_ids } = Language::open(&args.model)?;
 
-    let threads = match args.threads {
-        Some(n) => n as usize,
-        None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-    };
-    let pool = |_| rayon::ThreadPoolBuilder::new().num_threads(1).build();
-    let pools = (0..threads).map(pool).collect::<Result<Vec<_>, _>>()?;
+    let pools = workers(threads(args.threads))?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:30.cyan/dim} {pos}/{len} problems, {eta} left")?);
     let subject = Subject { model: &model, tokenizer: &tokenizer, end_ids, data: &data };
@@ -151,7 +138,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
     if let Some(path) = &args.json {
         let scores = serde_json::to_string_pretty(&report)? + "\n";
-        write(path, &scores).with_context(|| format!("--json {}", path.display()))?;
+        files::write(path, scores.as_bytes()).with_context(|| format!("--json {}", path.display()))?;
     }
     let mut out = std::io::stdout().lock();
     for (task, difficulty, mode, samples) in &report.samples {
@@ -176,19 +163,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         report.questions, report.overlap, report.overlap_conversations
     )?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Writes a file whole or not at all; what is no regular file (a pipe, a device) is written into, never replaced.
-pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let path = match fs::metadata(path) {
-        Ok(found) if !found.is_file() => return File::options().write(true).open(path)?.write_all(text.as_bytes()),
-        Ok(_) => path.canonicalize()?,
-        Err(_) => path.to_owned(),
-    };
-    let mut partial = path.clone().into_os_string();
-    partial.push(".partial");
-    fs::write(&partial, text)?;
-    fs::rename(&partial, &path)
 }
 
 pub(crate) fn chosen_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn tasks::Task>> {
@@ -242,29 +216,5 @@ mod tests {
         for name in names[0].split(',') {
             assert!(tasks::by_name(name).is_some(), "{name}");
         }
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn scores_go_through_a_link_and_into_a_pipe() {
-        use std::os::unix::fs::{FileTypeExt, symlink};
-        let dir = tempfile::tempdir().unwrap();
-        let [file, link, pipe] = ["file", "link", "pipe"].map(|name| dir.path().join(name));
-        write(&file, "one").unwrap();
-        symlink(&file, &link).unwrap();
-        write(&link, "two").unwrap();
-        assert!(link.is_symlink());
-        assert_eq!(fs::read_to_string(&file).unwrap(), "two");
-
-        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-        let reader = std::thread::spawn({
-            let pipe = pipe.clone();
-            move || fs::read_to_string(pipe)
-        });
-        write(&pipe, "three").unwrap();
-        assert_eq!(reader.join().unwrap().unwrap(), "three");
-        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
-        assert!(write(dir.path(), "").is_err());
     }
 }

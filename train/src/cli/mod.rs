@@ -64,6 +64,11 @@ pub fn told(error: &anyhow::Error) -> String {
     line
 }
 
+/// How many threads to use: as asked, or one a core.
+fn threads(asked: Option<u64>) -> usize {
+    asked.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), |n| n as usize)
+}
+
 /// A whole number of the command line.
 fn whole(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| "expected a whole number, 0 or above".into())

@@ -86,7 +86,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let data = Data::new(state.settings.data.clone(), load_tokenizer(out)?)?;
     describe(&trainer, &state, threads);
-    let stop = stop_on_signal("stopping after this step; once more to leave without saving")?;
+    let stop = stop_on_signal(|| eprintln!("\nstopping after this step; once more to leave without saving"))?;
     let ended = train(out, &mut trainer, &mut state, &data, None, args.run.pace(), &stop)?;
     Ok(args.run.tell(ended, &state.progress))
 }

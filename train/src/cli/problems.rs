@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use m1_infer::files;
 
-use crate::cli::eval::{chosen_tasks, difficulties, write};
+use crate::cli::eval::{chosen_tasks, difficulties};
 use crate::cli::{up_to, whole};
 use crate::conversation::Role;
 use crate::data::training_problem;
@@ -62,7 +63,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match &args.out {
         Some(path) => {
             let text = lines.collect::<anyhow::Result<String>>()?;
-            write(path, &text).with_context(|| format!("--out {}", path.display()))?;
+            files::write(path, text.as_bytes()).with_context(|| format!("--out {}", path.display()))?;
             eprintln!("{}: {} conversations", path.display(), args.n);
         }
         None => {

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use m1_model::device::DeviceChoice;
 use tokenizers::Tokenizer;
 
-use crate::cli::{count, up_to};
+use crate::cli::{count, threads, up_to};
 use crate::optimizer::OptimizerSettings;
 use crate::run::{Progress, Settings};
 use crate::schedule::Schedule;
@@ -72,10 +72,7 @@ pub(crate) struct Rates {
 impl RunArgs {
     /// How many threads to use.
     pub fn threads(&self) -> usize {
-        match self.threads {
-            Some(n) => n as usize,
-            None => std::thread::available_parallelism().map_or(1, |n| n.get()),
-        }
+        threads(self.threads)
     }
 
     /// How often things are written.
@@ -184,16 +181,16 @@ pub(crate) fn load_tokenizer(folder: &Path) -> anyhow::Result<Tokenizer> {
     Tokenizer::from_file(&path).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))
 }
 
-/// Set by the first Ctrl-C (or a termination signal), which says `what` follows; the second one ends the process at
+/// Set by the first Ctrl-C (or a termination signal), upon which `tell` says what follows; the second one ends the process at
 /// once.
-pub(crate) fn stop_on_signal(what: &'static str) -> anyhow::Result<Arc<AtomicBool>> {
+pub(crate) fn stop_on_signal(tell: impl Fn() + Send + 'static) -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\n{what}");
+        tell();
     })?;
     Ok(stop)
 }

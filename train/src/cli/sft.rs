@@ -108,7 +108,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     describe(&trainer, &state, threads);
     eprintln!("{} conversations, {} steps in all", source.len(), state.settings.steps.unwrap_or(0));
-    let stop = stop_on_signal("stopping after this step; once more to leave without saving")?;
+    let stop = stop_on_signal(|| eprintln!("\nstopping after this step; once more to leave without saving"))?;
     let ended = train(out, &mut trainer, &mut state, &source, eval.as_ref(), args.run.pace(), &stop)?;
     Ok(args.run.tell(ended, &state.progress))
 }

@@ -10,10 +10,10 @@ mod run;
 mod sample_runs;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use m1_infer::files;
 use serde::Serialize;
 
 use self::measures::{Curves, Reached, TaskChange};
@@ -83,9 +83,7 @@ pub enum ReportError {
 /// of files, a configuration that is no TOML.
 pub fn write(out: &Path, runs: &[PathBuf], options: &Options) -> Result<Vec<String>, ReportError> {
     let (html, warnings) = page(runs, options)?;
-    let mut partial = out.as_os_str().to_owned();
-    partial.push(".partial");
-    fs::write(&partial, html).and_then(|()| fs::rename(&partial, out)).map_err(io_error(out))?;
+    files::write(out, html.as_bytes()).map_err(io_error(out))?;
     Ok(warnings)
 }
 

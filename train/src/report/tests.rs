@@ -1,4 +1,6 @@
-//! The page as a whole; how it looks is for eyes: `cargo test … -- --ignored a_page_to_look_at` leaves one.
+//! The page as a whole; how it looks is for eyes: `m1-train report RUN…`.
+
+use std::fs;
 
 use super::*;
 use crate::metrics::RlMetrics;
@@ -109,21 +111,4 @@ fn what_is_wrong_is_told_in_a_line() {
 
     let options = Options { names: vec!["x".into(), "y".into()], ..Options::default() };
     assert_eq!(page(&[run], &options).unwrap_err().to_string(), "2 names for 1 runs: give one for each, or none");
-}
-
-/// Leaves runs and their page in the folder that `M1_REPORT_DIR` names.
-#[test]
-#[ignore = "for looking at the page"]
-fn a_page_to_look_at() {
-    let dir = PathBuf::from(std::env::var_os("M1_REPORT_DIR").expect("M1_REPORT_DIR: a folder to write to"));
-    let mut runs = Vec::new();
-    for seed in 1..=3 {
-        runs.push(sample_runs::write(&dir, "cispo", seed, 400, 1.6, true));
-        runs.push(sample_runs::write(&dir, "dapo", seed, 400 - 40 * seed, 0.8, true));
-    }
-    runs.push(sample_runs::write(&dir, "no-config", 1, 300, 1.1, false));
-    write(&dir.join("report.html"), &runs, &Options::default()).unwrap();
-    let history: Vec<RlMetrics> = crate::metrics::read(&runs[0].join("metrics.jsonl")).unwrap();
-    crate::plot::rl_svg(&dir.join("rl.svg"), "cispo, seed 1", &history).unwrap();
-    write(&dir.join("one.html"), &runs[..1], &Options::default()).unwrap();
 }

@@ -265,23 +265,4 @@ mod tests {
         let shown = screen(&out.text());
         assert!(shown.len() <= 4 && shown.iter().all(|l| l.chars().count() < 20), "{shown:?}");
     }
-
-    /// Draws on this process's stderr for a while, as a run would; a panic ends it if `M1_VIEW_PANIC` is set.
-    #[test]
-    #[ignore = "for looking at the view in a terminal"]
-    fn a_view_to_look_at() {
-        let view = View::stderr(Some(300), &[]);
-        for step in 1..=40 {
-            for done in 0..=8 {
-                view.phase("rollout", done * 16, 128);
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            view.step(&RlMetrics { rollout_tokens_per_s: 3021.0, length_window: 400, ..row(step) });
-            if step % 10 == 0 {
-                view.message(&format!("checkpoint at step {step}"));
-            }
-            assert!(step < 20 || std::env::var_os("M1_VIEW_PANIC").is_none(), "asked for");
-        }
-        view.close();
-    }
 }
