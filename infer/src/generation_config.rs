@@ -158,7 +158,7 @@ impl GenerationConfig {
             top_p: self.top_p.unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
-            seed: None,
+            ..default
         }
     }
 

@@ -2,8 +2,10 @@
 //! top-p, min-p), since that is what a checkpoint's `generation_config.json` was tuned with; what is different is the
 //! mask: ids that the tokenizer does not know (M1's embedding has such rows) are out before anything else is looked at.
 
+use crate::guide::Next;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
@@ -20,13 +22,29 @@ pub struct SamplingOptions {
     pub min_p: f32,
     /// Above 1, ids that stand in the text become less likely (CTRL, arXiv 1909.05858); 1 is off.
     pub repetition_penalty: f32,
+    /// Subtracted from the logit of every id that was drawn before (OpenAI's `presence_penalty`); 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted as often as the id was drawn before (OpenAI's `frequency_penalty`); 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these ids (OpenAI's `logit_bias`); from 100 down an id is as good as forbidden.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Seed of the draw; `None` takes one from the operating system's entropy.
     pub seed: Option<u64>,
 }
 
 impl Default for SamplingOptions {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 0.95, min_p: 0.0, repetition_penalty: 1.0, seed: None }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 0.95,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: None,
+        }
     }
 }
 
@@ -50,10 +68,8 @@ pub enum SamplerError {
         id: usize,
     },
     /// Mask and logits of different sizes, or a mask that allows nothing.
-    #[error("no id can be sampled: {allowed} of {vocab} ids are known to the tokenizer")]
+    #[error("no id can be sampled: of {vocab} ids none is both known to the tokenizer and allowed here")]
     NothingAllowed {
-        /// Ids allowed within the vocabulary.
-        allowed: usize,
         /// Length of the logits.
         vocab: usize,
     },
@@ -70,7 +86,12 @@ impl SamplingOptions {
         check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")?;
         check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "between 0 and 1")?;
         let r = self.repetition_penalty;
-        check(r > 0.0 && r <= 100.0, "repetition_penalty", r, "above 0 and at most 100 (1 is off)")
+        check(r > 0.0 && r <= 100.0, "repetition_penalty", r, "above 0 and at most 100 (1 is off)")?;
+        let between = "between -2 and 2";
+        check((-2.0..=2.0).contains(&self.presence_penalty), "presence_penalty", self.presence_penalty, between)?;
+        check((-2.0..=2.0).contains(&self.frequency_penalty), "frequency_penalty", self.frequency_penalty, between)?;
+        let wrong = self.logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias));
+        wrong.map_or(Ok(()), |&(_, bias)| check(false, "logit_bias", bias, "between -100 and 100"))
     }
 }
 
@@ -96,6 +117,8 @@ pub struct Sampler {
     candidates: Vec<(u32, f32)>,
     /// `e^(logit - largest)` of every id: the log-probability needs them, and most draws too.
     exps: Vec<f32>,
+    /// How often each id was drawn; kept where presence or frequency is penalised.
+    drawn: HashMap<u32, u32>,
 }
 
 impl Sampler {
@@ -111,6 +134,7 @@ impl Sampler {
             seed,
             candidates: Vec::new(),
             exps: Vec::new(),
+            drawn: HashMap::new(),
         })
     }
 
@@ -144,26 +168,58 @@ impl Sampler {
     /// Draws the id that follows `text` (its ids so far; only the repetition penalty looks at them) from raw
     /// `logits` `[vocab]`.
     pub fn sample(&mut self, logits: &[f32], text: &[u32]) -> Result<Sampled, SamplerError> {
+        self.sample_next(logits, text, Next::Any)
+    }
+
+    /// As [`Sampler::sample`], among the ids that `next` allows.
+    pub fn sample_next(&mut self, logits: &[f32], text: &[u32], next: Next<'_>) -> Result<Sampled, SamplerError> {
         if let Some(id) = logits.iter().position(|l| !l.is_finite()) {
             return Err(SamplerError::NotFinite { id });
         }
-        let allowed = self.allowed.as_deref();
+        let known = self.allowed.as_deref();
+        let in_mask = |mask: Option<&[bool]>, id: u32| mask.is_none_or(|m| m.get(id as usize).is_some_and(|&a| a));
         self.candidates.clear();
-        self.candidates.extend(
-            (0u32..)
-                .zip(logits.iter().copied())
-                .filter(|(id, _)| allowed.is_none_or(|a| a.get(*id as usize).copied().unwrap_or(false))),
-        );
+        let all = (0u32..).zip(logits.iter().copied()).filter(|(id, _)| in_mask(known, *id));
+        match next {
+            Next::Any => self.candidates.extend(all),
+            Next::Among(mask) => self.candidates.extend(all.filter(|(id, _)| in_mask(Some(mask), *id))),
+            Next::Only(id) => self.candidates.extend(logits.get(id as usize).map(|&logit| (id, logit))),
+        }
         if self.candidates.is_empty() {
-            return Err(SamplerError::NothingAllowed { allowed: 0, vocab: logits.len() });
+            return Err(SamplerError::NothingAllowed { vocab: logits.len() });
         }
         let max = largest(logits);
         self.exps.clear();
         self.exps.extend(logits.iter().map(|&l| (l - max).exp()));
         let norm = f64::from(max) + self.exps.iter().map(|&e| f64::from(e)).sum::<f64>().ln();
         self.penalise(logits.len(), text);
+        self.shift();
         let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw(max) };
+        if self.counts() {
+            *self.drawn.entry(id).or_default() += 1;
+        }
         Ok(Sampled { id, log_prob: (f64::from(logits[id as usize]) - norm) as f32, draw_log_prob })
+    }
+
+    /// Whether what was drawn matters to what will be.
+    fn counts(&self) -> bool {
+        self.options.presence_penalty != 0.0 || self.options.frequency_penalty != 0.0
+    }
+
+    /// Adds to the logits what was asked for: the bias, and the penalties for ids that were drawn.
+    fn shift(&mut self) {
+        let options = &self.options;
+        for &(id, bias) in &options.logit_bias {
+            // In order of their ids, so that each is found by halving.
+            if let Ok(i) = self.candidates.binary_search_by_key(&id, |c| c.0) {
+                self.candidates[i].1 += bias;
+            }
+        }
+        for (id, &times) in &self.drawn {
+            if let Ok(i) = self.candidates.binary_search_by_key(id, |c| c.0) {
+                self.candidates[i].1 -= options.presence_penalty + options.frequency_penalty * times as f32;
+            }
+        }
     }
 
     fn penalise(&mut self, vocab: usize, text: &[u32]) {
@@ -192,7 +248,8 @@ impl Sampler {
 
     /// `all_max` is the largest of all raw logits.
     fn draw(&mut self, all_max: f32) -> (u32, f32) {
-        let SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty, .. } = self.options;
+        let plain = self.options.repetition_penalty == 1.0 && self.options.logit_bias.is_empty() && !self.counts();
+        let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
         let c = &mut self.candidates;
         // Likeliest first and, of equals, lowest id first: the order must not depend on the sort.
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -202,7 +259,7 @@ impl Sampler {
         }
         let max = c.iter().fold(f32::NEG_INFINITY, |m, x| m.max(x.1));
         // Weights, the largest is 1; often those that are there already, to the bit.
-        if temperature == 1.0 && repetition_penalty == 1.0 && max == all_max {
+        if temperature == 1.0 && plain && max == all_max {
             c.iter_mut().for_each(|x| x.1 = self.exps[x.0 as usize]);
         } else {
             c.iter_mut().for_each(|x| x.1 = ((x.1 - max) / temperature).exp());
@@ -243,6 +300,20 @@ impl Sampler {
 /// log-softmax of `logits` `[vocab]` at `id`; the sum is taken in f64.
 pub fn log_prob(logits: &[f32], id: u32) -> f32 {
     (f64::from(logits[id as usize]) - log_sum_exp(logits)) as f32
+}
+
+/// The `n` likeliest ids with log-softmax of `logits`, likeliest first; of equals the lowest id.
+pub fn top_log_probs(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let norm = log_sum_exp(logits);
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let mut all: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+    if n < all.len() {
+        all.select_nth_unstable_by(n, order);
+        all.truncate(n);
+    }
+    all.sort_unstable_by(order);
+    all.iter_mut().for_each(|x| x.1 = (f64::from(x.1) - norm) as f32);
+    all
 }
 
 /// log-softmax of `logits` over the whole vocabulary.
@@ -414,6 +485,50 @@ mod tests {
     }
 
     #[test]
+    fn a_guide_narrows_the_choice() {
+        let logits = [5.0, 1.0, 0.9, 0.0];
+        let mut s =
+            Sampler::new(SamplingOptions { temperature: 0.0, ..plain() }, Some(vec![true, true, true])).unwrap();
+        let mut drawn = |next| s.sample_next(&logits, &[], next).map(|s| s.id);
+        assert_eq!(drawn(Next::Any), Ok(0));
+        assert_eq!(drawn(Next::Among(&[false, false, true, true])), Ok(2));
+        assert_eq!(drawn(Next::Only(2)), Ok(2));
+        assert_eq!(drawn(Next::Among(&[])), Err(SamplerError::NothingAllowed { vocab: 4 }));
+        assert_eq!(drawn(Next::Only(4)), Err(SamplerError::NothingAllowed { vocab: 4 }));
+        // The log-probability is the model's, whatever was allowed.
+        let got = s.sample_next(&logits, &[], Next::Only(3)).unwrap();
+        assert_eq!(got.log_prob, log_prob(&logits, 3));
+    }
+
+    #[test]
+    fn bias_and_penalties_are_added_to_the_logits() {
+        let logits = logs(&[0.4, 0.3, 0.2, 0.1]);
+        let greedy = SamplingOptions { temperature: 0.0, ..plain() };
+        let ids = |change: fn(&mut SamplingOptions)| {
+            let mut options = greedy.clone();
+            change(&mut options);
+            let mut s = sampler(options);
+            (0..6).map(|_| s.sample(&logits, &[0, 0, 1]).unwrap().id).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(|o| o.logit_bias = vec![(3, 2.0), (0, -100.0), (77, 1.0)]), [3; 6]);
+        // What stands in the prompt is not counted. ln 0.4 - 1.2 < ln 0.2 < ln 0.3; then all but the last were drawn.
+        assert_eq!(ids(|o| o.presence_penalty = 1.2), [0, 1, 2, 0, 0, 0]);
+        assert_eq!(ids(|o| o.frequency_penalty = 0.6)[..4], [0, 1, 0, 2]);
+        let biased = frequencies(SamplingOptions { logit_bias: vec![(3, 2.0f32.ln())], ..plain() }, &logits);
+        close(&biased, &[4.0 / 11.0, 3.0 / 11.0, 2.0 / 11.0, 2.0 / 11.0]);
+    }
+
+    #[test]
+    fn the_likeliest_come_first() {
+        let logits = [1.0, 3.0, 2.0, 3.0];
+        let top = top_log_probs(&logits, 3);
+        assert_eq!(top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 2]);
+        assert_eq!(top[2].1, log_prob(&logits, 2));
+        assert_eq!(top_log_probs(&logits, 9).len(), 4);
+        assert_eq!(top_log_probs(&logits, 0), []);
+    }
+
+    #[test]
     fn repetition_penalty_pushes_either_sign_down() {
         let mut s = sampler(SamplingOptions { temperature: 0.0, repetition_penalty: 2.0, ..plain() });
         assert_eq!(s.sample(&[1.0, 1.5], &[1, 1, 99]).unwrap().id, 0);
@@ -424,7 +539,10 @@ mod tests {
     #[test]
     fn bad_settings_and_bad_logits_are_errors() {
         type Change = fn(&mut SamplingOptions);
-        let wrong: [(&str, Change); 5] = [
+        let wrong: [(&str, Change); 8] = [
+            ("presence_penalty", |o| o.presence_penalty = 2.1),
+            ("frequency_penalty", |o| o.frequency_penalty = f32::NAN),
+            ("logit_bias", |o| o.logit_bias = vec![(0, 1.0), (1, -101.0)]),
             ("temperature", |o| o.temperature = -1.0),
             ("temperature", |o| o.temperature = f32::NAN),
             ("top_p", |o| o.top_p = 0.0),

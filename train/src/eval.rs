@@ -257,8 +257,7 @@ fn problems(data: &Data, task: &dyn Task, difficulty: u8, wanted: u64) -> Result
 }
 
 fn sampling(mode: Mode, settings: &EvalSettings) -> SamplingOptions {
-    let plain =
-        SamplingOptions { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: None };
+    let plain = SamplingOptions { temperature: 0.0, top_p: 1.0, ..SamplingOptions::default() };
     match mode {
         Mode::Greedy => plain,
         Mode::Sampled => SamplingOptions { temperature: settings.temperature, top_p: settings.top_p, ..plain },

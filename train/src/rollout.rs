@@ -48,7 +48,7 @@ impl Rollout {
 
 /// The sampling of rollouts unless something else is asked for: the model's own distribution.
 pub fn plain_sampling() -> SamplingOptions {
-    SamplingOptions { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: None }
+    SamplingOptions { top_p: 1.0, ..SamplingOptions::default() }
 }
 
 /// What to tell whoever draws rollouts from another distribution than the model's own; `None` for [`plain_sampling`].
@@ -65,6 +65,9 @@ pub fn bias_warning(sampling: &SamplingOptions) -> Option<String> {
     differs("top_p", sampling.top_p, plain.top_p);
     differs("min_p", sampling.min_p, plain.min_p);
     differs("repetition_penalty", sampling.repetition_penalty, plain.repetition_penalty);
+    differs("presence_penalty", sampling.presence_penalty, plain.presence_penalty);
+    differs("frequency_penalty", sampling.frequency_penalty, plain.frequency_penalty);
+    differs("ids with a logit_bias", sampling.logit_bias.len() as f32, 0.0);
     (!changed.is_empty()).then(|| {
         format!(
             "rollouts are drawn with {}, but their recorded log-probabilities are those of the full softmax at \

@@ -119,6 +119,7 @@ impl SamplingArgs {
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: self.seed.or(defaults.seed),
+            ..defaults
         };
         options.validate()?;
         Ok(options)

@@ -349,7 +349,7 @@ impl Config {
     /// How responses are drawn; each has a seed of its own.
     pub fn sampling(&self) -> SamplingOptions {
         let RolloutSettings { temperature, top_k, top_p, min_p, .. } = self.rollout;
-        SamplingOptions { temperature, top_k, top_p, min_p, repetition_penalty: 1.0, seed: None }
+        SamplingOptions { temperature, top_k, top_p, min_p, ..SamplingOptions::default() }
     }
 
     /// AdamW and clipping.
