@@ -15,17 +15,19 @@ import json
 import os
 import sys
 import time
+import traceback
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 import mock
 
 HERE = Path(__file__).resolve().parent
 WAIT = 60_000
 
-# Runs before the page's own script: records how the conversation grows, (ms, characters, thinking open), at each frame.
+# Runs before the page's own script: records how the last reply grows, as [ms, characters of the answer, and of the
+# thinking, whether the thinking is open, whether the reply goes on, blocks of the answer].
 WATCH = """
 window.grown = [];
 addEventListener('DOMContentLoaded', () => new MutationObserver(() => {
@@ -33,7 +35,8 @@ addEventListener('DOMContentLoaded', () => new MutationObserver(() => {
   if (!reply) return;
   const answer = reply.querySelector('.answer'), details = reply.querySelector('details');
   const thought = reply.querySelector('.thought').textContent.length;
-  grown.push([performance.now(), answer.textContent.length, thought, details.open, !!document.querySelector('.busy')]);
+  grown.push([performance.now(), answer.textContent.length, thought, details.open, !!document.querySelector('.busy'),
+    answer.childElementCount]);
   if (window.stopAt && thought + answer.textContent.length >= window.stopAt) {
     window.stopAt = 0;
     document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}));
@@ -176,7 +179,7 @@ def real(browser, url, key, options):
     hold(first["reasoning"] == (said.get("reasoning_content") or ""), "the thinking differs from the unstreamed one")
     print(f"ok  streams ({len(grown)} changes), and says what the unstreamed reply says: {said['content'].strip()!r}")
     if first["reasoning"]:
-        hold(any(busy and is_open and thought and not answer for _, answer, thought, is_open, busy in grown),
+        hold(any(busy and is_open and thought and not answer for _, answer, thought, is_open, busy, _ in grown),
              "the thinking was not open while it went on")
         hold(not chat.last("details").evaluate("d => d.open"), "the thinking is not folded after the answer")
         chat.last("summary").click()
@@ -232,7 +235,7 @@ def real(browser, url, key, options):
     page.get_by_role("button", name="New chat").click()
     print("ok  new chat, and its undo")
 
-    chat.settings(System_prompt="Be brief.", Temperature=0.5, Top_p=0.9, Most_tokens_of_a_reply=5,
+    chat.settings(System_prompt="Be brief.", Temperature=0.5, Top_p=0.9, Max_tokens_per_reply=5,
                   Think_before_answering=False)
     page.reload()
     short = chat.ask("Count the letters in banana.")
@@ -241,7 +244,7 @@ def real(browser, url, key, options):
     hold((body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.9, 5), f"sent: {body}")
     hold(body["thinking"] == {"type": "disabled"} and not short["reasoning"], f"thinking is off: {short}")
     hold(short["stats"]["tokens"] <= 5, f"at most 5 tokens: {short}")
-    chat.settings(Most_tokens_of_a_reply="", Think_before_answering=True, Most_tokens_of_thinking=4)
+    chat.settings(Max_tokens_per_reply="", Think_before_answering=True, Max_thinking_tokens=4)
     budget = chat.ask(question)
     hold(chat.sent[-1]["thinking"] == {"type": "enabled", "budget_tokens": 4}, f"sent: {chat.sent[-1]}")
     hold(budget["stats"]["thinking"] <= 6, f"thought longer than 4 tokens: {budget}")
@@ -284,7 +287,8 @@ def scripted(browser, page_bytes, options):
     page.get_by_label("Message", exact=True).fill("a draft")
     page.keyboard.press("Enter")
     grown = streamed(chat, 20)
-    hold(any(is_open and thought and not answer for _, answer, thought, is_open, _ in grown), "thinking was not open")
+    hold(any(is_open and thought and not answer for _, answer, thought, is_open, *_ in grown), "thinking was not open")
+    hold(grown[-1][5] == 1, f"one paragraph is shown as {grown[-1][5]} while it grows")
     page.get_by_role("button", name="Stop").click()
     said = chat.idle()
     hold(said[-1]["end"] == "stopped" and len(said) == 2, f"a draft was sent, or nothing stopped: {said}")
@@ -297,7 +301,8 @@ def scripted(browser, page_bytes, options):
     hold(server.hung_up == 1, "the server still streams after Stop")
     hold(chat.ask("more")["content"] == "You said: more", "the turn after a stop")
     sent = server.requests[-1]["messages"][1]
-    hold((sent["content"], sent["reasoning_content"]) == (said[-1]["content"], said[-1]["reasoning"]), f"sent: {sent}")
+    hold(sent["content"] == said[-1]["content"] and sent.get("reasoning_content") == said[-1]["reasoning"],
+         f"what was said before the stop isn't sent: {sent}")
     print("ok  scripted: a slow stream, folding, a draft meanwhile, Stop hangs up and keeps what was said")
 
     chat.start("slow again")
@@ -494,6 +499,10 @@ def main():
             scripted(browser, page_bytes, options)
         except Failed as e:
             print(f"FAILED  {e}", file=sys.stderr)
+            return 1
+        except Error as e:  # what should be on the page never came
+            here = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__]
+            print(f"FAILED  {e.message} (lines {here})", file=sys.stderr)
             return 1
         finally:
             browser.close()
