@@ -17,6 +17,7 @@ pub mod engine;
 pub mod files;
 pub mod generation_config;
 pub mod guide;
+pub mod hub;
 pub mod interrupt;
 pub mod render;
 pub mod repl;
