@@ -3,6 +3,7 @@
 //! keeps a snapshot at the end of every prompt read, and goes back to the longest that is still right.
 
 use crate::batching::pieces::piece_end;
+use crate::guide::GuideError;
 use crate::sampler::{Sampled, Sampler, SamplerError, log_probs};
 use burn::tensor::{Device, Tensor};
 use m1_model::{Batch, Cache, M1, ModelConfig, Snapshot, Trace};
@@ -48,9 +49,26 @@ pub enum EngineError {
         /// Tokens of the prompt.
         tokens: usize,
     },
+    /// More than the memory for caches holds.
+    #[error(
+        "a text of up to {tokens} tokens needs {} MiB of cache, and there are {} MiB: a shorter prompt or fewer new tokens \
+         would fit",
+        needed.div_ceil(1 << 20), memory >> 20
+    )]
+    Memory {
+        /// Tokens that the text may come to.
+        tokens: usize,
+        /// Bytes that they need.
+        needed: u64,
+        /// Bytes for all caches.
+        memory: u64,
+    },
     /// Nothing can be drawn.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
+    /// Nothing that may be drawn.
+    #[error(transparent)]
+    Guide(#[from] GuideError),
     /// The device gave no result.
     #[error("the device returned no logits: {0}")]
     Device(String),

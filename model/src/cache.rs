@@ -4,6 +4,8 @@
 //! values in blocks. Tensors are reference-counted and copied on write, so a snapshot or a cloned row shares every
 //! block with its origin. A lightning state can't be trimmed: going back needs a snapshot taken there.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device, Tensor};
 use m1_kernels::base::on_cpu;
 use m1_kernels::softmax_attention::KeyValues;
@@ -41,11 +43,35 @@ pub enum CacheError {
     },
 }
 
+/// Keys and values of some tokens, `[kv_heads, tokens, head_dim]` each. Clones share them.
+#[derive(Debug, Clone)]
+struct Block {
+    keys: Tensor<3>,
+    values: Tensor<3>,
+    /// Shared by the clones: tells which blocks are the same memory, and whether this is the only one.
+    mark: Arc<()>,
+}
+
+impl Block {
+    fn new(keys: Tensor<3>, values: Tensor<3>) -> Self {
+        Self { keys, values, mark: Arc::new(()) }
+    }
+
+    /// Tokens that it has room for.
+    fn room(&self) -> usize {
+        self.keys.dims()[1]
+    }
+
+    fn bytes(&self) -> u64 {
+        2 * (self.keys.dtype().size() * self.keys.shape().num_elements()) as u64
+    }
+}
+
 /// Keys and values of one row in one softmax layer, in blocks that double from [`BLOCK`] tokens to the largest of the
 /// device; the last one is filled in place.
 #[derive(Debug, Clone)]
 pub struct KvRow {
-    blocks: Vec<(Tensor<3>, Tensor<3>)>,
+    blocks: Vec<Block>,
     len: usize,
     /// Tokens that all blocks have room for.
     room: usize,
@@ -75,8 +101,8 @@ impl KvRow {
         while taken < tokens {
             if self.len == self.room {
                 let size = block_at(self.len, self.largest);
-                let block = || Tensor::zeros([heads, size, dim], (&keys.device(), self.dtype));
-                self.blocks.push((block(), block()));
+                let zeros = || Tensor::zeros([heads, size, dim], (&keys.device(), self.dtype));
+                self.blocks.push(Block::new(zeros(), zeros()));
                 self.room += size;
             }
             let n = (self.room - self.len).min(tokens - taken);
@@ -85,10 +111,13 @@ impl KvRow {
                 if part.dtype() == self.dtype { part } else { part.cast(self.dtype) }
             };
             // Taken out of the list so that its buffer has one owner and is written in place.
-            if let Some((k, v)) = self.blocks.pop() {
+            if let Some(Block { keys: k, values: v, mark }) = self.blocks.pop() {
                 let used = self.len + k.dims()[1] - self.room;
                 let at = [0..heads, used..used + n, 0..dim];
-                self.blocks.push((k.slice_assign(at.clone(), part(&keys)), v.slice_assign(at, part(&values))));
+                let (k, v) = (k.slice_assign(at.clone(), part(&keys)), v.slice_assign(at, part(&values)));
+                // Where others hold the block too, this one is a copy from now on.
+                let mark = if Arc::strong_count(&mark) == 1 { mark } else { Arc::new(()) };
+                self.blocks.push(Block { keys: k, values: v, mark });
             }
             self.len += n;
             taken += n;
@@ -100,15 +129,15 @@ impl KvRow {
         let mut left = self.len;
         self.blocks
             .iter()
-            .map(|(keys, values)| {
-                let size = keys.dims()[1];
+            .map(|block| {
+                let size = block.room();
                 let used = size.min(left);
                 left -= used;
                 let cut = |x: &Tensor<3>| {
                     let x = x.clone().unsqueeze_dim::<4>(0);
                     if used == size { x } else { x.narrow(2, 0, used) }
                 };
-                KeyValues { keys: cut(keys), values: cut(values) }
+                KeyValues { keys: cut(&block.keys), values: cut(&block.values) }
             })
             .collect()
     }
@@ -145,7 +174,29 @@ impl Snapshot {
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
+
+    /// Bytes of the lightning states, which are this snapshot's own.
+    pub fn state_bytes(&self) -> u64 {
+        let states = self.layers.iter().map(|layer| match layer {
+            RowState::Lightning(state) => 4 * state.shape().num_elements() as u64,
+            RowState::Softmax(_) => 0,
+        });
+        states.sum()
+    }
+
+    /// The blocks of keys and values, each with its bytes. Blocks with equal names are one piece of memory.
+    pub fn blocks(&self) -> impl Iterator<Item = (BlockName, u64)> + '_ {
+        let rows = self.layers.iter().filter_map(|layer| match layer {
+            RowState::Softmax(row) => Some(&row.blocks),
+            RowState::Lightning(_) => None,
+        });
+        rows.flatten().map(|block| (BlockName(Arc::as_ptr(&block.mark) as usize), block.bytes()))
+    }
 }
+
+/// Names a block of keys and values as long as any snapshot holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockName(usize);
 
 /// The past of a batch of rows.
 #[derive(Debug, Clone)]
@@ -333,17 +384,25 @@ impl Cache {
         self.tokens.extend(snapshots.iter().map(|s| s.tokens.clone()));
     }
 
+    /// Bytes that one row of `tokens` tokens takes: its states, and whole blocks of keys and values.
+    pub fn row_bytes(&self, config: &ModelConfig, tokens: usize) -> u64 {
+        let mut room = 0;
+        while room < tokens {
+            room += block_at(room, self.largest_block);
+        }
+        let kind = |wanted| (0..config.num_hidden_layers).filter(|&layer| config.kind(layer) == wanted).count();
+        let state = 4 * self.heads * self.head_dim * self.head_dim;
+        let keys_values = 2 * self.kv_dtype.size() * config.num_key_value_heads * self.head_dim * room;
+        (kind(AttentionKind::Lightning) * state + kind(AttentionKind::Softmax) * keys_values) as u64
+    }
+
     /// Bytes held on the device: states, and whole blocks of keys and values (shared ones counted for each row).
     pub fn bytes(&self) -> u64 {
         self.layers
             .iter()
             .map(|layer| match layer {
                 LayerCache::Lightning(state) => 4 * state.shape().num_elements() as u64,
-                LayerCache::Softmax(rows) => rows
-                    .iter()
-                    .flat_map(|row| &row.blocks)
-                    .map(|(k, _)| 2 * (self.kv_dtype.size() * k.shape().num_elements()) as u64)
-                    .sum(),
+                LayerCache::Softmax(rows) => rows.iter().flat_map(|row| &row.blocks).map(Block::bytes).sum(),
             })
             .sum()
     }
@@ -432,6 +491,30 @@ mod tests {
                 assert_eq!(values.into_data(), (wanted * 2.0).into_data());
             }
         }
+    }
+
+    /// What a prefix cache counts: states are each snapshot's own, blocks are shared until one of the holders writes.
+    #[test]
+    fn memory_is_counted_once() {
+        let model = tiny();
+        let mut cache = Cache::new(model.config(), 1, &model.device());
+        read(&model, &mut cache, &[&text(300, 1)]);
+        let first = cache.snapshot(0);
+        assert_eq!(first.state_bytes() + first.blocks().map(|b| b.1).sum::<u64>(), cache.bytes());
+        for tokens in [1, 255, 256, 257, 300, 1000] {
+            let mut cache = Cache::new(model.config(), 1, &model.device());
+            read(&model, &mut cache, &[&text(tokens, 1)]);
+            assert_eq!(cache.row_bytes(model.config(), tokens as usize), cache.bytes(), "{tokens} tokens");
+        }
+        assert_eq!(cache.row_bytes(model.config(), 0), first.state_bytes());
+
+        let names = |snapshot: &Snapshot| snapshot.blocks().map(|b| b.0).collect::<Vec<_>>();
+        read(&model, &mut cache, &[&[7]]);
+        let second = cache.snapshot(0);
+        assert_eq!(names(&second)[0], names(&first)[0], "the full block is shared");
+        assert_ne!(names(&second)[1], names(&first)[1], "the other was written to, and so was copied");
+        assert_eq!(names(&second).len(), 2);
+        assert_eq!(names(&cache.snapshot(0)), names(&second));
     }
 
     fn tiny() -> M1 {

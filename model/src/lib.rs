@@ -19,7 +19,7 @@ pub mod trace;
 pub mod weight;
 
 pub use batch::Batch;
-pub use cache::{Cache, CacheError, Snapshot};
+pub use cache::{BlockName, Cache, CacheError, Snapshot};
 pub use config::{AttentionKind, ConfigError, ModelConfig};
 pub use model::M1;
 pub use trace::Trace;

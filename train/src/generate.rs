@@ -226,14 +226,8 @@ impl Shared<'_> {
         let prompt = &self.prompts[at.prompt];
         let mut sampler = self.sampler.clone();
         sampler.reseed(prompt.seeds[at.sample]);
-        Request {
-            prompt: prompt.ids.clone(),
-            prefix: None,
-            sampler,
-            end_ids: Arc::from(self.options.end_ids.as_slice()),
-            max_new: Some(self.options.max_new_tokens.max(1)),
-            keep: false,
-        }
+        let end_ids = Arc::from(self.options.end_ids.as_slice());
+        Request::new(prompt.ids.clone(), sampler, end_ids, Some(self.options.max_new_tokens.max(1)))
     }
 }
 
@@ -256,7 +250,7 @@ impl Worker<'_> {
                 let Some(&unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
                 let at = Place { prompt: unit.prompt, sample: unit.from };
                 let several = unit.to - unit.from > 1;
-                let id = self.admit(&mut batcher, at, |request| request.keep = several)?;
+                let id = self.admit(&mut batcher, at, |request| request.keep.prompt = several)?;
                 if several {
                     self.units.insert(id, unit);
                 }
@@ -298,7 +292,7 @@ impl Worker<'_> {
                         self.admit(batcher, at, |request| request.prefix = Some(prefix.clone()))?;
                     }
                 }
-                Event::Drawn { id, token } => {
+                Event::Drawn { id, token, .. } => {
                     let Some(running) = self.running.get_mut(&id) else { continue };
                     running.reply.ids.push(token.id);
                     running.reply.log_probs.push(token.log_prob);
@@ -310,7 +304,7 @@ impl Worker<'_> {
                         }
                     }
                 }
-                Event::Finished { id, finish } => self.end(
+                Event::Finished { id, finish, .. } => self.end(
                     id,
                     match finish {
                         Finish::End(_) => Ending::End,
@@ -318,6 +312,7 @@ impl Worker<'_> {
                         Finish::Length | Finish::Stopped => Ending::Length,
                     },
                 ),
+                Event::Passed { .. } => {} // nothing here asks for it
                 Event::Failed { id, error } => {
                     let prompt = self.running.get(&id).map_or(0, |running| running.at.prompt);
                     return Err(GenerateError::Prompt { prompt, source: error });

@@ -3,7 +3,8 @@
 use super::reading::Reading;
 use super::{BatchSettings, Event, Prefix, Request, RequestId};
 use crate::engine::{EngineError, Finish, to_host};
-use crate::sampler::{Sampled, Sampler, SamplerError};
+use crate::guide::{Guide, Next};
+use crate::sampler::{Sampled, Sampler, top_log_probs};
 use burn::tensor::Tensor;
 use m1_kernels::base::pool;
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
@@ -23,35 +24,47 @@ pub(super) struct Sequence {
     made: usize,
     /// The prompt's prefix is still to be handed out.
     keep: bool,
+    /// Its past is to be handed out at the end.
+    keep_end: bool,
+    guide: Option<Box<dyn Guide>>,
+    top_log_probs: usize,
+    /// Bytes that its cache may come to.
+    memory: u64,
 }
+
+/// An id with the likeliest at its place.
+type Drawn = (Sampled, Vec<(u32, f32)>);
 
 impl Sequence {
     /// Takes in what was drawn after `read` tokens had been read, and returns the id to be read next if the sequence goes
-    /// on. The order of the checks is that of [`crate::Session::generate`].
+    /// on. The order of the checks is that of [`crate::Session::generate`]. `past` gives its row.
     fn take(
         &mut self,
-        drawn: Result<Sampled, SamplerError>,
+        drawn: Result<Drawn, EngineError>,
         read: usize,
         context: usize,
-        prefix: impl FnOnce() -> Prefix,
+        logits: &[f32],
+        past: impl Fn() -> Snapshot,
         events: &mut Vec<Event>,
     ) -> Option<u32> {
         let id = self.id;
         if std::mem::take(&mut self.keep) {
-            events.push(Event::Read { id, prefix: Arc::new(prefix()) });
+            events.push(Event::Read { id, prefix: Arc::new(Prefix { snapshot: past(), logits: logits.to_vec() }) });
         }
+        let keep_end = self.keep_end;
+        let end = |finish| Event::Finished { id, finish, past: keep_end.then(&past) };
         if self.max_new == 0 {
-            events.push(Event::Finished { id, finish: Finish::Length });
+            events.push(end(Finish::Length));
             return None;
         }
-        let token = match drawn {
-            Ok(token) => token,
+        let (token, top) = match drawn {
+            Ok(drawn) => drawn,
             Err(error) => {
-                events.push(Event::Failed { id, error: error.into() });
+                events.push(Event::Failed { id, error });
                 return None;
             }
         };
-        events.push(Event::Drawn { id, token });
+        events.push(Event::Drawn { id, token, top });
         self.made += 1;
         let finish = if self.end_ids.contains(&token.id) {
             Finish::End(token.id)
@@ -62,7 +75,7 @@ impl Sequence {
         } else {
             return Some(token.id);
         };
-        events.push(Event::Finished { id, finish });
+        events.push(end(finish));
         None
     }
 }
@@ -89,6 +102,8 @@ pub struct Batcher<'a> {
     /// The id that each row reads next.
     next: Vec<u32>,
     ids: u64,
+    /// Bytes that the caches of all that are active may come to.
+    reserved: u64,
 }
 
 impl<'a> Batcher<'a> {
@@ -104,14 +119,28 @@ impl<'a> Batcher<'a> {
             rows: Vec::new(),
             next: Vec::new(),
             ids: 0,
+            reserved: 0,
         }
     }
 
     /// Takes a request in; it starts in one of the next steps, as rows are free, first come first.
     ///
     /// # Errors
-    /// For an empty prompt, an unknown id, no room for a reply in the context, or a prefix of another text.
+    /// As [`Batcher::check`].
     pub fn admit(&mut self, request: Request) -> Result<RequestId, EngineError> {
+        self.check(&request)?;
+        let id = RequestId(self.ids);
+        self.ids += 1;
+        self.waiting.push_back((id, request));
+        Ok(id)
+    }
+
+    /// Whether a request could ever run.
+    ///
+    /// # Errors
+    /// For an empty prompt, an unknown id, no room for a reply in the context, a prefix of another text, or a sequence
+    /// that the memory can't hold even alone.
+    pub fn check(&self, request: &Request) -> Result<(), EngineError> {
         let (vocab, context) = (self.model.config().vocab_size, self.settings.context);
         let prompt = &request.prompt;
         if prompt.is_empty() {
@@ -126,10 +155,38 @@ impl<'a> Batcher<'a> {
         if let Some(prefix) = request.prefix.as_ref().filter(|p| !prompt.starts_with(p.tokens())) {
             return Err(EngineError::Prefix { prefix: prefix.tokens().len(), tokens: prompt.len() });
         }
-        let id = RequestId(self.ids);
-        self.ids += 1;
-        self.waiting.push_back((id, request));
-        Ok(id)
+        if request.prefix.as_ref().is_some_and(|p| p.tokens().len() == prompt.len() && p.logits.len() != vocab) {
+            return Err(EngineError::Prefix { prefix: prompt.len(), tokens: prompt.len() });
+        }
+        let (tokens, needed) = (request.longest(context), self.needed(request));
+        match self.settings.memory.filter(|&memory| needed > memory) {
+            Some(memory) => Err(EngineError::Memory { tokens, needed, memory }),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes that the cache of `request` may come to.
+    pub fn needed(&self, request: &Request) -> u64 {
+        self.cache.row_bytes(self.model.config(), request.longest(self.settings.context))
+    }
+
+    /// Whether `request` would start in the next step, beside those that wait already.
+    pub fn has_room(&self, request: &Request) -> bool {
+        let promised = self.waiting.iter().map(|(_, request)| self.needed(request)).sum::<u64>();
+        let all = self.reserved + promised + self.needed(request);
+        self.active() + self.waiting() < self.settings.rows
+            && !self.reading.full_with(self.waiting(), self.settings.prefill_tokens)
+            && self.settings.memory.is_none_or(|memory| all <= memory)
+    }
+
+    /// What has been read of a request that is under way; `None` while it waits and once it has ended.
+    pub fn past(&self, id: RequestId) -> Option<Snapshot> {
+        let of = |sequence: &Sequence| sequence.id == id;
+        if let Some(row) = self.rows.iter().position(|row| row.as_ref().is_some_and(of)) {
+            return Some(self.cache.snapshot(row));
+        }
+        let joining = self.joining.iter().find(|joining| of(&joining.sequence));
+        joining.map(|joining| joining.snapshot.clone()).or_else(|| self.reading.past(of))
     }
 
     /// Drops a request, wherever it stands; no event comes of it any more. Returns whether it was there.
@@ -138,13 +195,23 @@ impl<'a> Batcher<'a> {
         self.waiting.retain(|(other, _)| *other != id);
         let joining = self.joining.len();
         self.joining.retain(|joining| joining.sequence.id != id);
-        if self.waiting.len() < waiting || self.joining.len() < joining {
-            return true;
-        }
-        match self.rows.iter_mut().find(|row| row.as_ref().is_some_and(|sequence| sequence.id == id)) {
-            Some(row) => row.take().is_some(),
-            None => self.reading.remove(|sequence| sequence.id == id),
-        }
+        let row = self.rows.iter_mut().find(|row| row.as_ref().is_some_and(|sequence| sequence.id == id));
+        let there = self.waiting.len() < waiting
+            || self.joining.len() < joining
+            || row.is_some_and(|row| row.take().is_some())
+            || self.reading.remove(|sequence| sequence.id == id);
+        self.count_reserved();
+        there
+    }
+
+    /// All sequences that are active.
+    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let joining = self.joining.iter().map(|joining| &joining.sequence);
+        self.rows.iter().flatten().chain(joining).chain(self.reading.sequences())
+    }
+
+    fn count_reserved(&mut self) {
+        self.reserved = self.sequences().map(|sequence| sequence.memory).sum();
     }
 
     /// Requests that hold a row or read their prompt.
@@ -175,21 +242,23 @@ impl<'a> Batcher<'a> {
         let mut events = Vec::new();
         self.start(&mut events);
         self.seat();
-        let (read, read_hidden) = self.reading.step(self.model, self.settings.prefill_tokens);
+        let read = self.reading.step(self.model, self.settings.prefill_tokens);
+        events.extend(read.passed.into_iter().map(|(id, snapshot)| Event::Passed { id, snapshot }));
         let decoded = (!self.rows.is_empty()).then(|| {
             let rows = self.next.iter().map(|&id| vec![id]).collect();
             self.model.forward(&Batch::new(rows), Some(&mut self.cache), &mut Trace::none())
         });
-        let mut hidden: Vec<Tensor<2>> = read_hidden.into_iter().chain(decoded).collect();
+        let mut hidden: Vec<Tensor<2>> = read.hidden.into_iter().chain(decoded).collect();
         let hidden = if hidden.len() > 1 { Some(Tensor::cat(hidden, 0)) } else { hidden.pop() };
         if let Some(hidden) = hidden {
             // One product with the head and one transfer, whoever asks.
             let logits = to_host(self.model.logits(hidden))?;
-            self.draw(&logits, read, &mut events);
+            self.draw(&logits, read.done, &mut events);
         }
         if self.is_idle() {
             self.seat(); // nobody holds memory any more
         }
+        self.count_reserved();
         Ok(events)
     }
 
@@ -203,17 +272,31 @@ impl<'a> Batcher<'a> {
             while let Some((id, request)) = self.waiting.pop_front() {
                 let known = request.prefix.as_ref().map_or(0, |p| p.tokens().len());
                 let unread = request.prompt.len() - known;
-                if free == 0 || unread > 1 && self.reading.full(self.settings.prefill_tokens) {
+                let memory = self.needed(&request);
+                let fits = self.settings.memory.is_none_or(|all| self.reserved + memory <= all);
+                if free == 0 || !fits || unread > 1 && self.reading.full(self.settings.prefill_tokens) {
                     passed.push_back((id, request));
-                    if free == 0 {
+                    // Whoever needs much memory is not overtaken for ever by those that need little.
+                    if free == 0 || !fits {
                         break;
                     }
                     continue;
                 }
                 free -= 1;
-                let Request { prompt, prefix, sampler, end_ids, max_new, keep } = request;
-                let max_new = max_new.unwrap_or(usize::MAX);
-                let sequence = Sequence { id, sampler, end_ids, max_new, made: 0, keep };
+                self.reserved += memory;
+                let Request { prompt, prefix, sampler, end_ids, max_new, keep, guide, top_log_probs } = request;
+                let sequence = Sequence {
+                    id,
+                    sampler,
+                    end_ids,
+                    max_new: max_new.unwrap_or(usize::MAX),
+                    made: 0,
+                    keep: keep.prompt,
+                    keep_end: keep.end,
+                    guide,
+                    top_log_probs,
+                    memory,
+                };
                 match (unread, prefix) {
                     (0, Some(prefix)) => ready.push((sequence, prefix)),
                     (unread, prefix) => {
@@ -224,7 +307,7 @@ impl<'a> Batcher<'a> {
                         match prompt.last() {
                             // A token alone goes the way of decoding, as it would in a session.
                             Some(&next) if unread == 1 => self.joining.push(Joining { sequence, snapshot, next }),
-                            _ => self.reading.add(sequence, prompt, &snapshot),
+                            _ => self.reading.add(sequence, prompt, keep.marks, &snapshot),
                         }
                     }
                 }
@@ -235,14 +318,14 @@ impl<'a> Batcher<'a> {
                 return;
             }
             let draws = ready.iter_mut().map(|(sequence, prefix)| Draw {
-                sampler: &mut sequence.sampler,
+                sequence,
                 logits: &prefix.logits,
                 text: prefix.tokens(),
             });
             let drawn = draw_all(draws.collect());
             for ((mut sequence, prefix), drawn) in ready.into_iter().zip(drawn) {
-                let read = prefix.tokens().len();
-                if let Some(next) = sequence.take(drawn, read, context, || (*prefix).clone(), events) {
+                let (read, past) = (prefix.tokens().len(), || prefix.snapshot.clone());
+                if let Some(next) = sequence.take(drawn, read, context, &prefix.logits, past, events) {
                     self.joining.push(Joining { sequence, snapshot: prefix.snapshot.clone(), next });
                 }
             }
@@ -278,26 +361,25 @@ impl<'a> Batcher<'a> {
     /// Draws for those whose prompts have been `read` and for every row, in the order of the `logits`.
     fn draw(&mut self, logits: &[f32], mut read: Vec<(Sequence, Snapshot)>, events: &mut Vec<Event>) {
         let (vocab, context) = (self.model.config().vocab_size, self.settings.context);
-        let of_read = read.iter_mut().map(|(sequence, snapshot)| (&mut sequence.sampler, snapshot.tokens()));
+        let of_read = read.iter_mut().map(|(sequence, snapshot)| (sequence, snapshot.tokens()));
         let cache = &self.cache;
         let of_rows = (self.rows.iter_mut().enumerate())
-            .filter_map(|(row, sequence)| Some((&mut sequence.as_mut()?.sampler, cache.tokens(row))));
+            .filter_map(|(row, sequence)| Some((sequence.as_mut()?, cache.tokens(row))));
         let draws = of_read.chain(of_rows).zip(logits.chunks_exact(vocab));
-        let drawn = draw_all(draws.map(|((sampler, text), logits)| Draw { sampler, logits, text }).collect());
+        let drawn = draw_all(draws.map(|((sequence, text), logits)| Draw { sequence, logits, text }).collect());
 
         let mut drawn = drawn.into_iter().zip(logits.chunks_exact(vocab));
         for (mut sequence, snapshot) in read {
             let Some((drawn, logits)) = drawn.next() else { break };
-            let prefix = || Prefix { snapshot: snapshot.clone(), logits: logits.to_vec() };
-            if let Some(next) = sequence.take(drawn, snapshot.tokens().len(), context, prefix, events) {
+            let past = || snapshot.clone();
+            if let Some(next) = sequence.take(drawn, snapshot.tokens().len(), context, logits, past, events) {
                 self.joining.push(Joining { sequence, snapshot, next });
             }
         }
         for (row, slot) in self.rows.iter_mut().enumerate() {
             let Some(sequence) = slot else { continue };
             let Some((drawn, logits)) = drawn.next() else { break };
-            let prefix = || Prefix { snapshot: cache.snapshot(row), logits: logits.to_vec() };
-            match sequence.take(drawn, cache.len(row), context, prefix, events) {
+            match sequence.take(drawn, cache.len(row), context, logits, || cache.snapshot(row), events) {
                 Some(next) => self.next[row] = next,
                 None => *slot = None,
             }
@@ -307,23 +389,39 @@ impl<'a> Batcher<'a> {
 
 /// One id to be drawn.
 struct Draw<'a> {
-    sampler: &'a mut Sampler,
+    sequence: &'a mut Sequence,
     logits: &'a [f32],
     text: &'a [u32],
 }
 
+impl Draw<'_> {
+    /// Draws it and tells the guide.
+    fn draw(&mut self) -> Result<Drawn, EngineError> {
+        let Sequence { sampler, guide, top_log_probs: top, .. } = &mut *self.sequence;
+        let next = guide.as_mut().map_or(Ok(Next::Any), |guide| guide.next())?;
+        let token = sampler.sample_next(self.logits, self.text, next)?;
+        if let Some(guide) = guide {
+            guide.take(token.id)?;
+        }
+        Ok((token, if *top == 0 { Vec::new() } else { top_log_probs(self.logits, *top) }))
+    }
+
+    /// How much work it is, in logits looked at; a guide looks at the whole vocabulary with more care.
+    fn work(&self) -> usize {
+        self.logits.len() * if self.sequence.guide.is_some() { 8 } else { 1 }
+    }
+}
+
 /// Draws all, each with its own sampler, on as many threads as it is worth.
-fn draw_all(draws: Vec<Draw>) -> Vec<Result<Sampled, SamplerError>> {
-    let size: usize = draws.iter().map(|draw| draw.logits.len()).sum();
-    let draw = |draw: &mut Draw| draw.sampler.sample(draw.logits, draw.text);
-    if size < SPREAD {
-        return draws.into_iter().map(|mut d| draw(&mut d)).collect();
+fn draw_all(draws: Vec<Draw>) -> Vec<Result<Drawn, EngineError>> {
+    if draws.iter().map(Draw::work).sum::<usize>() < SPREAD {
+        return draws.into_iter().map(|mut draw| draw.draw()).collect();
     }
     // Each is locked once, by the thread that draws it.
     let cells: Vec<Mutex<(Draw, Option<_>)>> = draws.into_iter().map(|draw| Mutex::new((draw, None))).collect();
     pool::run(cells.len(), |i| {
         let mut cell = cells[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let drawn = draw(&mut cell.0);
+        let drawn = cell.0.draw();
         cell.1 = Some(drawn);
     });
     let result = |cell: Mutex<(Draw, Option<_>)>| cell.into_inner().unwrap_or_else(PoisonError::into_inner).1;

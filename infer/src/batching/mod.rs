@@ -11,13 +11,17 @@
 
 mod batcher;
 pub(crate) mod pieces;
+pub mod prefix_cache;
 mod reading;
+pub mod scheduler;
 #[cfg(test)]
 mod tests;
 
 pub use batcher::Batcher;
+pub use scheduler::{Job, JobId, Scheduler, SchedulerSettings, Update};
 
 use crate::engine::{EngineError, Finish, PREFILL_CHUNK};
+use crate::guide::Guide;
 use crate::sampler::{Sampled, Sampler};
 use m1_model::Snapshot;
 use std::sync::Arc;
@@ -31,12 +35,14 @@ pub struct BatchSettings {
     pub prefill_tokens: usize,
     /// The most tokens that a sequence may have.
     pub context: usize,
+    /// Bytes for the caches of all sequences, each counted at its longest; `None`: as many as there are.
+    pub memory: Option<u64>,
 }
 
 impl BatchSettings {
     /// Room for `rows` sequences of at most `context` tokens, with prompts read in pieces of 512 tokens.
     pub fn new(rows: usize, context: usize) -> Self {
-        Self { rows, prefill_tokens: PREFILL_CHUNK, context }
+        Self { rows, prefill_tokens: PREFILL_CHUNK, context, memory: None }
     }
 }
 
@@ -46,8 +52,21 @@ impl BatchSettings {
 pub struct Prefix {
     /// The cache's row after the text.
     pub snapshot: Snapshot,
-    /// Raw logits `[vocab]` of what follows the text.
+    /// Raw logits `[vocab]` of what follows the text; empty where they were not computed, so that at least one more token
+    /// has to be read.
     pub logits: Vec<f32>,
+}
+
+/// What of a sequence's past is handed out for others to begin from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Keep {
+    /// The whole prompt with what follows it, once it has been read ([`Event::Read`]).
+    pub prompt: bool,
+    /// Beginnings of the prompt, as lengths ([`Event::Passed`]). Those at which reading may not be cut are left out:
+    /// what is not a multiple of [`pieces::STRIDE`] tokens, or leaves less than two.
+    pub marks: Vec<usize>,
+    /// All that was read when the sequence ended ([`Event::Finished`]).
+    pub end: bool,
 }
 
 impl Prefix {
@@ -58,7 +77,7 @@ impl Prefix {
 }
 
 /// A prompt to be continued.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Request {
     /// Ids, at least one.
     pub prompt: Vec<u32>,
@@ -70,8 +89,24 @@ pub struct Request {
     pub end_ids: Arc<[u32]>,
     /// The most ids drawn, an end id included; `None`: as the context allows. With 0 the prompt is read and nothing drawn.
     pub max_new: Option<usize>,
-    /// Whether the prompt's [`Prefix`] is handed out once it has been read ([`Event::Read`]).
-    pub keep: bool,
+    /// What others may begin from.
+    pub keep: Keep,
+    /// What may be drawn, where not everything is.
+    pub guide: Option<Box<dyn Guide>>,
+    /// How many of the likeliest ids come with each one that is drawn.
+    pub top_log_probs: usize,
+}
+
+impl Request {
+    /// A request for one plain sequence from `prompt` on: all of it read here, nothing kept, no guide.
+    pub fn new(prompt: Vec<u32>, sampler: Sampler, end_ids: Arc<[u32]>, max_new: Option<usize>) -> Self {
+        Self { prompt, prefix: None, sampler, end_ids, max_new, keep: Keep::default(), guide: None, top_log_probs: 0 }
+    }
+
+    /// The most tokens that the sequence may come to within `context`.
+    pub fn longest(&self, context: usize) -> usize {
+        self.prompt.len().saturating_add(self.max_new.unwrap_or(context)).min(context)
+    }
 }
 
 /// Names a request among all of one batcher; later requests have larger ones.
@@ -81,7 +116,14 @@ pub struct RequestId(u64);
 /// What happened to a request in a step.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// The prompt has been read; only where [`Request::keep`] asked for it, and before the first id.
+    /// One of the marks of [`Keep`] was passed on the way through the prompt.
+    Passed {
+        /// By this request.
+        id: RequestId,
+        /// The beginning of the prompt up to there.
+        snapshot: Snapshot,
+    },
+    /// The prompt has been read; only where [`Keep`] asked for it, and before the first id.
     Read {
         /// Of this request.
         id: RequestId,
@@ -94,6 +136,8 @@ pub enum Event {
         id: RequestId,
         /// The id, with its log-probability under the full softmax.
         token: Sampled,
+        /// The likeliest ids at this place, likeliest first, as many as were asked for.
+        top: Vec<(u32, f32)>,
     },
     /// Nothing more comes of this request.
     Finished {
@@ -101,6 +145,8 @@ pub enum Event {
         id: RequestId,
         /// Why; never [`Finish::Stopped`].
         finish: Finish,
+        /// What had been read by then, where [`Keep`] asked for it; the last id drawn was not.
+        past: Option<Snapshot>,
     },
     /// Nothing can be drawn for this request, and nothing more comes of it; the others go on.
     Failed {

@@ -6,6 +6,15 @@
 
 use m1_kernels::lightning_attention::BLOCK;
 
+/// Reading may be cut at multiples of this many tokens.
+pub const STRIDE: usize = BLOCK;
+
+/// The last place up to `end` at which a text of `total` tokens may be cut so that the rest is read as it would be
+/// without the cut; 0 where there is none.
+pub fn cut_before(end: usize, total: usize) -> usize {
+    end.min(total.saturating_sub(2)) / STRIDE * STRIDE
+}
+
 /// Where the next piece of a text ends, which has been read up to `start` and ends at `total`, when about `budget` tokens
 /// may be read at once. At most `BLOCK + 1` more are.
 pub(crate) fn piece_end(start: usize, total: usize, budget: usize) -> usize {
@@ -56,6 +65,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_cut_leaves_two_tokens() {
+        let cuts = [0, 1, 2, 65, 66, 67, 129, 130].map(|n| cut_before(n, n));
+        assert_eq!(cuts, [0, 0, 0, 0, 64, 64, 64, 128]);
+        assert_eq!((cut_before(64, 1000), cut_before(63, 1000), cut_before(500, 100)), (64, 0, 64));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The sequences whose prompts are being read, in a cache of their own until they can decode.
 
+use super::RequestId;
 use super::batcher::Sequence;
-use super::pieces::{most_texts, shared_ends};
+use super::pieces::{STRIDE, most_texts, shared_ends};
 use burn::tensor::Tensor;
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
 
@@ -10,6 +11,19 @@ use m1_model::{Batch, Cache, M1, Snapshot, Trace};
 struct Reader {
     sequence: Sequence,
     prompt: Vec<u32>,
+    /// Where snapshots are still to be taken, the next one last.
+    marks: Vec<usize>,
+}
+
+/// What came of reading a piece of every prompt.
+#[derive(Debug, Default)]
+pub(super) struct Step {
+    /// Sequences whose prompts have been read, with their rows.
+    pub done: Vec<(Sequence, Snapshot)>,
+    /// Hidden states of their last tokens, `[sequences, hidden]`; `None` where there are none.
+    pub hidden: Option<Tensor<2>>,
+    /// Marks that were reached.
+    pub passed: Vec<(RequestId, Snapshot)>,
 }
 
 /// Sequences on their way through their prompts.
@@ -25,6 +39,11 @@ impl Reading {
         Self { cache: Cache::new(model.config(), 0, &model.device()), readers: Vec::new() }
     }
 
+    /// The sequences here.
+    pub fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.readers.iter().map(|reader| &reader.sequence)
+    }
+
     /// Sequences here.
     pub fn len(&self) -> usize {
         self.readers.len()
@@ -32,7 +51,12 @@ impl Reading {
 
     /// Whether another prompt would only slow the others down.
     pub fn full(&self, budget: usize) -> bool {
-        self.len() >= most_texts(budget)
+        self.full_with(0, budget)
+    }
+
+    /// The same when `more` have come.
+    pub fn full_with(&self, more: usize, budget: usize) -> bool {
+        self.len() + more >= most_texts(budget)
     }
 
     /// Bytes of the cache.
@@ -41,9 +65,14 @@ impl Reading {
     }
 
     /// Begins to read `prompt` after what `snapshot` holds of it.
-    pub fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, snapshot: &Snapshot) {
+    pub fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, mut marks: Vec<usize>, snapshot: &Snapshot) {
+        let (begin, total) = (snapshot.tokens().len(), prompt.len());
+        // No piece is a single token, so that none takes another way through the kernels than it would have uncut.
+        marks.retain(|&m| m.is_multiple_of(STRIDE) && m > begin + 1 && m + 2 <= total);
+        marks.sort_unstable_by(|a, b| b.cmp(a));
+        marks.dedup();
         self.cache.append([snapshot]);
-        self.readers.push(Reader { sequence, prompt });
+        self.readers.push(Reader { sequence, prompt, marks });
     }
 
     /// Drops the sequences that `gone` names.
@@ -57,36 +86,46 @@ impl Reading {
         removed
     }
 
-    /// Reads about `budget` tokens, and gives the sequences whose prompts have been read, with their rows and with the
-    /// hidden states of their last tokens, `[sequences, hidden]`.
-    pub fn step(&mut self, model: &M1, budget: usize) -> (Vec<(Sequence, Snapshot)>, Option<Tensor<2>>) {
+    /// What was read of the prompt of a sequence that is here.
+    pub fn past(&self, of: impl Fn(&Sequence) -> bool) -> Option<Snapshot> {
+        let row = self.readers.iter().position(|reader| of(&reader.sequence))?;
+        Some(self.cache.snapshot(row))
+    }
+
+    /// Reads about `budget` tokens.
+    pub fn step(&mut self, model: &M1, budget: usize) -> Step {
         if self.readers.is_empty() {
-            return (Vec::new(), None);
+            return Step::default();
         }
-        let texts: Vec<(usize, usize)> =
-            self.readers.iter().enumerate().map(|(i, reader)| (self.cache.len(i), reader.prompt.len())).collect();
+        let texts: Vec<(usize, usize)> = (self.readers.iter().enumerate())
+            .map(|(i, reader)| (self.cache.len(i), reader.marks.last().map_or(reader.prompt.len(), |&mark| mark)))
+            .collect();
         let ends = shared_ends(&texts, budget);
         let (mut rows, mut offsets) = (Vec::new(), Vec::new());
-        for ((reader, &(start, total)), &end) in self.readers.iter().zip(&texts).zip(&ends) {
+        for ((reader, &(start, _)), &end) in self.readers.iter().zip(&texts).zip(&ends) {
             rows.push(reader.prompt[start..end].to_vec());
-            offsets.push(if end == total { vec![end - start - 1] } else { Vec::new() });
+            offsets.push(if end == reader.prompt.len() { vec![end - start - 1] } else { Vec::new() });
         }
         let hidden = model.forward(&Batch::new(rows).at(offsets), Some(&mut self.cache), &mut Trace::none());
 
-        let (mut kept, mut done, mut going) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, reader) in std::mem::take(&mut self.readers).into_iter().enumerate() {
-            if ends[i] == texts[i].1 {
-                done.push((reader.sequence, self.cache.snapshot(i)));
-            } else {
-                kept.push(i);
-                going.push(reader);
+        let (mut step, mut kept, mut going) = (Step::default(), Vec::new(), Vec::new());
+        for (i, mut reader) in std::mem::take(&mut self.readers).into_iter().enumerate() {
+            if ends[i] == reader.prompt.len() {
+                step.done.push((reader.sequence, self.cache.snapshot(i)));
+                continue;
             }
+            if reader.marks.last() == Some(&ends[i]) {
+                reader.marks.pop();
+                step.passed.push((reader.sequence.id, self.cache.snapshot(i)));
+            }
+            kept.push(i);
+            going.push(reader);
         }
         self.readers = going;
-        if !done.is_empty() {
+        if !step.done.is_empty() {
             self.cache.select(&kept);
+            step.hidden = Some(hidden);
         }
-        let hidden = (!done.is_empty()).then_some(hidden);
-        (done, hidden)
+        step
     }
 }

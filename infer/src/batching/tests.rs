@@ -21,14 +21,24 @@ fn request(i: usize, prompt: Vec<u32>, prefix: Option<Arc<Prefix>>) -> Request {
         2 => SamplingOptions { temperature: 1.7, top_k: 20, ..plain },
         _ => SamplingOptions { top_p: 0.9, min_p: 0.01, ..plain },
     };
+    let end_ids = if i.is_multiple_of(3) { (0..6).collect() } else { Arc::default() };
+    let max_new = if i % 5 == 4 { None } else { Some(1 + i * 7 % 23) };
+    Request { prefix, ..Request::new(prompt, Sampler::new(options, None).unwrap(), end_ids, max_new) }
+}
+
+/// The same request again.
+fn again(request: &Request) -> Request {
+    let Request { prompt, prefix, sampler, end_ids, max_new, keep, .. } = request;
     Request {
-        prompt,
-        prefix,
-        sampler: Sampler::new(options, None).unwrap(),
-        end_ids: if i.is_multiple_of(3) { (0..6).collect() } else { Arc::default() },
-        max_new: if i % 5 == 4 { None } else { Some(1 + i * 7 % 23) },
-        keep: false,
+        prefix: prefix.clone(),
+        keep: keep.clone(),
+        ..Request::new(prompt.clone(), sampler.clone(), end_ids.clone(), *max_new)
     }
+}
+
+/// A request whose prompt is kept.
+fn keeping() -> Keep {
+    Keep { prompt: true, ..Keep::default() }
 }
 
 /// Ids with the bits of their log-probabilities, and why they ended.
@@ -56,6 +66,7 @@ fn alone(engine: &Engine, request: &Request) -> Outcome {
 struct Seen {
     results: HashMap<RequestId, Outcome>,
     prefixes: HashMap<RequestId, Arc<Prefix>>,
+    passed: HashMap<RequestId, Vec<Snapshot>>,
 }
 
 impl Seen {
@@ -63,14 +74,15 @@ impl Seen {
         for event in batcher.step().unwrap() {
             match event {
                 Event::Read { id, prefix } => assert!(self.prefixes.insert(id, prefix).is_none()),
-                Event::Drawn { id, token } => {
+                Event::Drawn { id, token, .. } => {
                     let result = self.results.entry(id).or_default();
                     assert_eq!(result.1, None, "nothing comes after the end");
                     result.0.push((token.id, token.log_prob.to_bits()));
                 }
-                Event::Finished { id, finish } => {
+                Event::Finished { id, finish, .. } => {
                     assert_eq!(self.results.entry(id).or_default().1.replace(finish), None);
                 }
+                Event::Passed { id, snapshot } => self.passed.entry(id).or_default().push(snapshot),
                 Event::Failed { id, error } => panic!("{id:?}: {error}"),
             }
         }
@@ -78,7 +90,7 @@ impl Seen {
 }
 
 fn settings(rows: usize, prefill_tokens: usize) -> BatchSettings {
-    BatchSettings { rows, prefill_tokens, context: CONTEXT }
+    BatchSettings { prefill_tokens, ..BatchSettings::new(rows, CONTEXT) }
 }
 
 /// Prompts around every border there is: one token, blocks of 64 and 256, pieces of 512, the end of the context.
@@ -100,11 +112,11 @@ fn a_row_of_a_refilling_batch_gives_the_bits_of_the_row_alone() {
             let (mut seen, mut ids) = (Seen::default(), Vec::new());
             // Some are there from the start, the others come while the first are under way.
             let mut coming = requests.iter();
-            ids.extend(coming.by_ref().take(6).map(|r| batcher.admit(r.clone()).unwrap()));
+            ids.extend(coming.by_ref().take(6).map(|r| batcher.admit(again(r)).unwrap()));
             let mut most = 0;
             while !batcher.is_idle() {
                 seen.step(&mut batcher);
-                ids.extend(coming.by_ref().take(1).map(|r| batcher.admit(r.clone()).unwrap()));
+                ids.extend(coming.by_ref().take(1).map(|r| batcher.admit(again(r)).unwrap()));
                 most = most.max(batcher.active());
                 assert!(batcher.active() <= rows);
             }
@@ -123,7 +135,8 @@ fn a_prefix_is_read_once_and_changes_nothing() {
     let engine = tiny(VOCAB, CONTEXT);
     let (shared, mut batcher) = (text(130, 1), Batcher::new(engine.model(), settings(4, 64)));
     let mut seen = Seen::default();
-    let first = batcher.admit(Request { keep: true, max_new: Some(0), ..request(0, shared.clone(), None) }).unwrap();
+    let first =
+        batcher.admit(Request { keep: keeping(), max_new: Some(0), ..request(0, shared.clone(), None) }).unwrap();
     while !batcher.is_idle() {
         seen.step(&mut batcher);
     }
@@ -137,19 +150,19 @@ fn a_prefix_is_read_once_and_changes_nothing() {
     let mut requests: Vec<Request> = (0..12)
         .map(|i| request(i, [&shared[..], &text([0, 1, 2, 90][i % 4], i)[..]].concat(), Some(prefix.clone())))
         .collect();
-    requests[1].keep = true;
-    requests[4].keep = true;
+    requests[1].keep = keeping();
+    requests[4].keep = keeping();
     for budget in [64, 512] {
         let mut batcher = Batcher::new(engine.model(), settings(4, budget));
         let mut seen = Seen::default();
-        let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(r.clone()).unwrap()).collect();
+        let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(again(r)).unwrap()).collect();
         while !batcher.is_idle() {
             seen.step(&mut batcher);
         }
         for ((request, id), i) in requests.iter().zip(&ids).zip(0..) {
             assert_eq!(seen.results[id], alone(&engine, request), "request {i}, {budget}");
-            assert_eq!(seen.prefixes.contains_key(id), request.keep);
-            if request.keep {
+            assert_eq!(seen.prefixes.contains_key(id), request.keep.prompt);
+            if request.keep.prompt {
                 session.read(&request.prompt, &mut |_, _| true).unwrap();
                 assert_eq!(seen.prefixes[id].logits, session.logits());
             }
@@ -187,7 +200,7 @@ fn a_cancelled_request_leaves_the_others_as_they_are() {
         .map(|(i, &n)| Request { max_new: Some(12), end_ids: Arc::default(), ..request(i, text(n, i), None) })
         .collect();
     let mut batcher = Batcher::new(engine.model(), settings(4, 64));
-    let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(r.clone()).unwrap()).collect();
+    let ids: Vec<RequestId> = requests.iter().map(|r| batcher.admit(again(r)).unwrap()).collect();
     let mut seen = Seen::default();
     (0..3).for_each(|_| seen.step(&mut batcher));
     // One that decodes, one that reads, one that waits.
@@ -215,7 +228,7 @@ fn what_cannot_be_continued_is_refused_and_what_fails_fails_alone() {
     assert_eq!(batcher.admit(plain(vec![])), Err(EngineError::Empty));
     assert_eq!(batcher.admit(plain(vec![1, 96])), Err(EngineError::UnknownId { position: 1, id: 96, vocab: 96 }));
     assert_eq!(batcher.admit(plain(text(24, 1))), Err(EngineError::Context { tokens: 24, context: 24 }));
-    let kept = batcher.admit(Request { keep: true, max_new: Some(0), ..plain(vec![5, 6, 7]) }).unwrap();
+    let kept = batcher.admit(Request { keep: keeping(), max_new: Some(0), ..plain(vec![5, 6, 7]) }).unwrap();
     let mut seen = Seen::default();
     seen.step(&mut batcher);
     let prefix = seen.prefixes[&kept].clone();
@@ -255,4 +268,130 @@ fn many_rows_of_a_large_vocabulary_draw_the_same_on_any_number_of_threads() {
         })
     };
     assert_eq!(run(1), run(3));
+}
+
+/// Reading is cut at the marks, and whoever begins from one gets the bits of whoever reads all of it.
+#[test]
+fn marks_cut_the_reading_without_a_trace() {
+    let engine = tiny(VOCAB, CONTEXT);
+    for (n, marks, wanted) in [
+        (300, vec![64, 256, 100, 64, 298, 299, 0, 300, 999], vec![64, 256]),
+        (66, vec![64], vec![64]),
+        (65, vec![64], vec![]),
+        (600, vec![128, 576], vec![128, 576]),
+    ] {
+        for budget in [16, 512] {
+            let mut batcher = Batcher::new(engine.model(), settings(4, budget));
+            let mut seen = Seen::default();
+            let mut request = request(0, text(n, 3), None);
+            request.keep = Keep { marks: marks.clone(), end: true, prompt: false };
+            let id = batcher.admit(again(&request)).unwrap();
+            let mut past = None;
+            while !batcher.is_idle() {
+                for event in batcher.step().unwrap() {
+                    match event {
+                        Event::Passed { snapshot, .. } => seen.passed.entry(id).or_default().push(snapshot),
+                        Event::Drawn { token, .. } => {
+                            seen.results.entry(id).or_default().0.push((token.id, token.log_prob.to_bits()));
+                        }
+                        Event::Finished { finish, past: at_end, .. } => {
+                            seen.results.entry(id).or_default().1 = Some(finish);
+                            past = at_end;
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            let whole = alone(&engine, &request);
+            assert_eq!(seen.results[&id], whole, "{n} tokens, {budget}");
+            let passed = seen.passed.remove(&id).unwrap_or_default();
+            assert_eq!(passed.iter().map(|s| s.tokens().len()).collect::<Vec<_>>(), wanted);
+            // The last id drawn was never read.
+            let drawn: Vec<u32> = whole.0.iter().map(|d| d.0).collect();
+            assert_eq!(past.unwrap().tokens(), [&request.prompt[..], &drawn[..drawn.len() - 1]].concat());
+            for snapshot in passed {
+                let prefix = Some(Arc::new(Prefix { snapshot, logits: Vec::new() }));
+                let mut batcher = Batcher::new(engine.model(), settings(4, budget));
+                let id = batcher.admit(Request { prefix, ..again(&request) }).unwrap();
+                let mut seen = Seen::default();
+                while !batcher.is_idle() {
+                    seen.step(&mut batcher);
+                }
+                assert_eq!(seen.results[&id], whole, "{n} tokens, {budget}");
+            }
+        }
+    }
+}
+
+/// Sequences wait until the memory holds them at their longest; what could never be held is refused with the numbers.
+#[test]
+fn memory_is_never_promised_twice() {
+    let engine = tiny(VOCAB, CONTEXT);
+    let mut batcher = Batcher::new(engine.model(), settings(8, 512));
+    let with = |n, max_new| Request { max_new, end_ids: Arc::default(), ..request(0, text(n, n), None) };
+    let (small, large) = (batcher.needed(&with(20, Some(20))), batcher.needed(&with(300, None)));
+    assert_eq!(batcher.needed(&with(300, Some(400))), large, "no text is longer than the context");
+    batcher = Batcher::new(engine.model(), BatchSettings { memory: Some(2 * small), ..settings(8, 512) });
+    assert!(large > 2 * small);
+    let refused = batcher.admit(with(300, None)).unwrap_err();
+    assert_eq!(refused, EngineError::Memory { tokens: CONTEXT, needed: large, memory: 2 * small });
+    assert!(refused.to_string().contains("a text of up to 700 tokens needs"), "{refused}");
+    let ids: Vec<RequestId> = (0..5).map(|_| batcher.admit(with(20, Some(20))).unwrap()).collect();
+    let mut seen = Seen::default();
+    seen.step(&mut batcher);
+    assert_eq!((batcher.active(), batcher.waiting()), (2, 3));
+    assert!(batcher.cancel(ids[0]));
+    assert!(batcher.bytes() <= 2 * small);
+    seen.step(&mut batcher);
+    assert_eq!((batcher.active(), batcher.waiting()), (2, 2));
+    while !batcher.is_idle() {
+        seen.step(&mut batcher);
+        assert!(batcher.bytes() <= 2 * small);
+    }
+    assert!(ids[1..].iter().all(|id| seen.results[id].1 == Some(Finish::Length)));
+}
+
+/// A guide narrows what is drawn, is told of it, and may fail its own sequence; the likeliest ids come along.
+#[test]
+fn guides_and_the_likeliest_ids() {
+    #[derive(Debug)]
+    struct Even(Vec<bool>, usize);
+    impl Guide for Even {
+        fn next(&mut self) -> Result<crate::guide::Next<'_>, crate::guide::GuideError> {
+            match self.1 {
+                2 => Ok(crate::guide::Next::Only(31)),
+                5 => Err(crate::guide::GuideError("five are enough".into())),
+                _ => Ok(crate::guide::Next::Among(&self.0)),
+            }
+        }
+        fn take(&mut self, id: u32) -> Result<(), crate::guide::GuideError> {
+            assert!(id.is_multiple_of(2) || self.1 == 2 && id == 31);
+            self.1 += 1;
+            Ok(())
+        }
+    }
+    let engine = tiny(VOCAB, CONTEXT);
+    let mut batcher = Batcher::new(engine.model(), settings(4, 512));
+    let even = Box::new(Even((0..VOCAB).map(|id| id.is_multiple_of(2)).collect(), 0));
+    let plain = || Request { end_ids: Arc::default(), max_new: Some(9), ..request(0, text(9, 1), None) };
+    let guided = batcher.admit(Request { guide: Some(even), top_log_probs: 3, ..plain() }).unwrap();
+    let free = batcher.admit(plain()).unwrap();
+    let (mut drawn, mut failed) = (HashMap::<RequestId, Vec<u32>>::new(), None);
+    while !batcher.is_idle() {
+        for event in batcher.step().unwrap() {
+            match event {
+                Event::Drawn { id, token, top } => {
+                    drawn.entry(id).or_default().push(token.id);
+                    assert_eq!(top.len(), if id == guided { 3 } else { 0 });
+                    assert!(top.is_sorted_by(|a, b| a.1 >= b.1) && top.iter().all(|t| t.1 <= 0.0));
+                    assert!(top.iter().all(|t| t.0 != token.id || t.1 == token.log_prob));
+                }
+                Event::Failed { id, error } => failed = Some((id, error)),
+                Event::Finished { id, .. } => assert_eq!(id, free),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!((drawn[&guided].len(), drawn[&free].len(), drawn[&guided][2]), (5, 9, 31));
+    assert_eq!(failed, Some((guided, EngineError::Guide(crate::guide::GuideError("five are enough".into())))));
 }

@@ -1,0 +1,584 @@
+//! Jobs over a [`Batcher`]: a prompt with one or several answers, started from the prefix cache and leaving snapshots in
+//! it. The server's thread and the chat both run on this.
+//!
+//! Where snapshots are taken (they are dear: one of M1 is 280 MiB): before the last tokens of the prompt, so that asking
+//! again or editing the last message finds them; at the last ends of turns before it; at a coarse stride on a long way; and
+//! at the end of the reply, so that the next turn reads only what is new. The last are inexact ([`super::prefix_cache`])
+//! and are left out where every bit counts.
+
+use super::pieces::{STRIDE, cut_before};
+use super::prefix_cache::{CacheStats, PrefixCache};
+use super::{BatchSettings, Batcher, Event, Keep, Request, RequestId};
+use crate::engine::{EngineError, Finish};
+use crate::guide::Guide;
+use crate::sampler::{Sampled, Sampler};
+use m1_model::M1;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Ends of turns of a prompt at which snapshots are taken, counted from its end.
+const TURNS: usize = 2;
+
+/// The limits of a scheduler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerSettings {
+    /// Of the batch.
+    pub batch: BatchSettings,
+    /// Bytes for the prefix cache, beside [`BatchSettings::memory`].
+    pub cache_bytes: u64,
+    /// Only begin from what gives the bits of reading everything: replies are read again in the next turn.
+    pub exact_cache: bool,
+    /// Tokens of a prompt between snapshots.
+    pub stride: usize,
+}
+
+impl SchedulerSettings {
+    /// For `batch`, with a cache of `cache_bytes` and a snapshot every 4,096 tokens.
+    pub fn new(batch: BatchSettings, cache_bytes: u64) -> Self {
+        Self { batch, cache_bytes, exact_cache: false, stride: 4096 }
+    }
+}
+
+/// One of the answers that a job asks for.
+#[derive(Debug)]
+pub struct Choice {
+    /// Draws its ids.
+    pub sampler: Sampler,
+    /// What may be drawn, where not everything is.
+    pub guide: Option<Box<dyn Guide>>,
+}
+
+/// A prompt to be continued once or several times.
+#[derive(Debug)]
+pub struct Job {
+    /// Ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Lengths of beginnings of `prompt` from which another conversation may go on (ends of turns), in any order.
+    pub turns: Vec<usize>,
+    /// The answers wanted, at least one. They share the reading of the prompt.
+    pub choices: Vec<Choice>,
+    /// Ids that end an answer.
+    pub end_ids: Arc<[u32]>,
+    /// The most ids drawn for each choice, an end id included; `None`: as the context allows.
+    pub max_new: Option<usize>,
+    /// How many of the likeliest ids come with each drawn one.
+    pub top_log_probs: usize,
+}
+
+/// What happens to a job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Update {
+    /// The prompt has been read.
+    Read {
+        /// Tokens of it that were in the cache.
+        cached: usize,
+    },
+    /// An id was drawn, also the one that ends the answer.
+    Drawn {
+        /// Index of the choice.
+        choice: usize,
+        /// The id.
+        token: Sampled,
+        /// The likeliest ids at this place with the log-probabilities of the full softmax, likeliest first.
+        top: Vec<(u32, f32)>,
+    },
+    /// Nothing more comes of this choice.
+    Finished {
+        /// Index of the choice.
+        choice: usize,
+        /// Why.
+        finish: Finish,
+    },
+    /// The job can't go on; nothing more comes of it.
+    Failed(EngineError),
+}
+
+/// Names a job among all of one scheduler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(u64);
+
+/// A job that waits.
+#[derive(Debug)]
+struct Queued {
+    id: JobId,
+    leader: Request,
+    turns: Vec<usize>,
+    followers: Vec<Choice>,
+}
+
+/// A job under way.
+#[derive(Debug)]
+struct Running {
+    /// Its requests that have not ended, with the index of their choice.
+    requests: Vec<(RequestId, usize)>,
+    /// Choices that wait until the first has read the prompt.
+    followers: Vec<Choice>,
+    /// What they need of the job.
+    prompt: usize,
+    end_ids: Arc<[u32]>,
+    max_new: Option<usize>,
+    top_log_probs: usize,
+    cached: usize,
+    /// Whether all that was read has the bits of a fresh start.
+    exact: bool,
+    /// [`Update::Read`] has been told.
+    read: bool,
+}
+
+/// Runs jobs.
+#[derive(Debug)]
+pub struct Scheduler<'a> {
+    batcher: Batcher<'a>,
+    cache: PrefixCache,
+    settings: SchedulerSettings,
+    queue: VecDeque<Queued>,
+    jobs: HashMap<JobId, Running>,
+    owners: HashMap<RequestId, JobId>,
+    ids: u64,
+}
+
+impl<'a> Scheduler<'a> {
+    /// With nothing to do.
+    pub fn new(model: &'a M1, settings: SchedulerSettings) -> Self {
+        Self {
+            batcher: Batcher::new(model, settings.batch),
+            cache: PrefixCache::new(settings.cache_bytes),
+            settings: SchedulerSettings { stride: settings.stride.max(STRIDE) / STRIDE * STRIDE, ..settings },
+            queue: VecDeque::new(),
+            jobs: HashMap::new(),
+            owners: HashMap::new(),
+            ids: 0,
+        }
+    }
+
+    /// Takes a job in; it starts in one of the next steps, first come first.
+    ///
+    /// # Errors
+    /// As [`Batcher::admit`], and [`EngineError::Empty`] for a job without choices.
+    pub fn submit(&mut self, job: Job) -> Result<JobId, EngineError> {
+        let Job { prompt, turns, mut choices, end_ids, max_new, top_log_probs } = job;
+        if choices.is_empty() {
+            return Err(EngineError::Empty);
+        }
+        let Choice { sampler, guide } = choices.remove(0);
+        let leader = Request { guide, top_log_probs, ..Request::new(prompt, sampler, end_ids, max_new) };
+        self.batcher.check(&leader)?;
+        let id = JobId(self.ids);
+        self.ids += 1;
+        self.queue.push_back(Queued { id, leader, turns, followers: choices });
+        Ok(id)
+    }
+
+    /// Drops a job; nothing more is told of it. What was read of it stays in the cache.
+    pub fn cancel(&mut self, id: JobId) {
+        self.queue.retain(|queued| queued.id != id);
+        let Some(running) = self.jobs.remove(&id) else { return };
+        for (request, _) in &running.requests {
+            self.owners.remove(request);
+            if let Some(past) = self.batcher.past(*request) {
+                // On the way through the prompt every piece ends where reading may be cut.
+                let exact = running.exact && cut_before(past.tokens().len(), running.prompt) == past.tokens().len();
+                if exact || !self.settings.exact_cache {
+                    self.cache.insert(past, exact);
+                }
+            }
+            self.batcher.cancel(*request);
+        }
+    }
+
+    /// Answers that are being made.
+    pub fn active(&self) -> usize {
+        self.batcher.active()
+    }
+
+    /// Jobs that wait.
+    pub fn waiting(&self) -> usize {
+        self.queue.len() + self.batcher.waiting()
+    }
+
+    /// Whether a step would do nothing.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.batcher.is_idle()
+    }
+
+    /// Bytes of the caches of running sequences.
+    pub fn bytes(&self) -> u64 {
+        self.batcher.bytes()
+    }
+
+    /// The prefix cache's figures.
+    pub fn cache(&self) -> CacheStats {
+        self.cache.stats()
+    }
+
+    /// Takes every job on by one step.
+    ///
+    /// # Errors
+    /// As [`Batcher::step`]: nothing can go on.
+    pub fn step(&mut self) -> Result<Vec<(JobId, Update)>, EngineError> {
+        let mut updates = Vec::new();
+        self.start(&mut updates);
+        for event in self.batcher.step()? {
+            self.take(event, &mut updates);
+        }
+        Ok(updates)
+    }
+
+    /// Starts waiting jobs as there is room, each from the longest beginning that is known at this moment.
+    fn start(&mut self, updates: &mut Vec<(JobId, Update)>) {
+        while self.queue.front().is_some_and(|queued| self.batcher.has_room(&queued.leader)) {
+            let Some(Queued { id, mut leader, turns, followers }) = self.queue.pop_front() else { break };
+            let found = self.cache.find(&leader.prompt);
+            let (cached, exact) = found.as_ref().map_or((0, true), |f| (f.prefix.tokens().len(), f.exact));
+            leader.prefix = found.map(|found| found.prefix);
+            leader.keep = Keep {
+                prompt: !followers.is_empty(),
+                marks: marks(&turns, leader.prompt.len(), self.settings.stride),
+                end: !self.settings.exact_cache,
+            };
+            let running = Running {
+                requests: Vec::new(),
+                followers,
+                prompt: leader.prompt.len(),
+                end_ids: leader.end_ids.clone(),
+                max_new: leader.max_new,
+                top_log_probs: leader.top_log_probs,
+                cached,
+                exact,
+                read: false,
+            };
+            match self.batcher.admit(leader) {
+                Ok(request) => {
+                    self.owners.insert(request, id);
+                    self.jobs.insert(id, Running { requests: vec![(request, 0)], ..running });
+                }
+                Err(error) => updates.push((id, Update::Failed(error))),
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event, updates: &mut Vec<(JobId, Update)>) {
+        let request = match &event {
+            Event::Passed { id, .. } | Event::Read { id, .. } => *id,
+            Event::Drawn { id, .. } | Event::Finished { id, .. } | Event::Failed { id, .. } => *id,
+        };
+        let Some(&job) = self.owners.get(&request) else { return };
+        let Some(running) = self.jobs.get_mut(&job) else { return };
+        let choice = running.requests.iter().find(|r| r.0 == request).map_or(0, |r| r.1);
+        let read_now = !matches!(event, Event::Passed { .. } | Event::Failed { .. });
+        if read_now && !std::mem::replace(&mut running.read, true) {
+            updates.push((job, Update::Read { cached: running.cached }));
+        }
+        match event {
+            Event::Passed { snapshot, .. } => {
+                if running.exact || !self.settings.exact_cache {
+                    self.cache.insert(snapshot, running.exact);
+                }
+            }
+            Event::Read { prefix, .. } => {
+                let prompt = prefix.tokens().to_vec();
+                for (i, Choice { sampler, guide }) in std::mem::take(&mut running.followers).into_iter().enumerate() {
+                    let follower = Request {
+                        prefix: Some(prefix.clone()),
+                        guide,
+                        top_log_probs: running.top_log_probs,
+                        ..Request::new(prompt.clone(), sampler, running.end_ids.clone(), running.max_new)
+                    };
+                    match self.batcher.admit(follower) {
+                        Ok(request) => {
+                            running.requests.push((request, i + 1));
+                            self.owners.insert(request, job);
+                        }
+                        Err(error) => return self.fail(job, error, updates),
+                    }
+                }
+            }
+            Event::Drawn { token, top, .. } => updates.push((job, Update::Drawn { choice, token, top })),
+            Event::Finished { finish, past, .. } => {
+                if let Some(past) = past {
+                    self.cache.insert(past, false);
+                }
+                running.requests.retain(|r| r.0 != request);
+                self.owners.remove(&request);
+                if running.requests.is_empty() {
+                    self.jobs.remove(&job);
+                }
+                updates.push((job, Update::Finished { choice, finish }));
+            }
+            Event::Failed { error, .. } => self.fail(job, error, updates),
+        }
+    }
+
+    /// One choice that fails takes the others of its job with it.
+    fn fail(&mut self, job: JobId, error: EngineError, updates: &mut Vec<(JobId, Update)>) {
+        self.cancel(job);
+        updates.push((job, Update::Failed(error)));
+    }
+}
+
+/// Where snapshots of a prompt of `total` tokens are taken.
+fn marks(turns: &[usize], total: usize, stride: usize) -> Vec<usize> {
+    let mut ends: Vec<usize> = turns.iter().map(|&turn| cut_before(turn, total)).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    let mut marks = ends.split_off(ends.len().saturating_sub(TURNS));
+    let last = cut_before(total, total);
+    marks.push(last);
+    marks.extend((1..).map(|i| i * stride).take_while(|&mark| mark < last));
+    marks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Engine, tests::tiny};
+    use crate::sampler::SamplingOptions;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    const VOCAB: usize = 96;
+    const CONTEXT: usize = 1500;
+
+    fn text(n: usize, salt: usize) -> Vec<u32> {
+        (0..n).map(|i| ((i * 17 + salt * 5 + i * i % 7) % VOCAB) as u32).collect()
+    }
+
+    fn settings(rows: usize, cache_bytes: u64, exact_cache: bool) -> SchedulerSettings {
+        let batch = BatchSettings { prefill_tokens: 128, ..BatchSettings::new(rows, CONTEXT) };
+        SchedulerSettings { exact_cache, stride: 256, ..SchedulerSettings::new(batch, cache_bytes) }
+    }
+
+    fn choice(seed: u64, temperature: f32) -> Choice {
+        let options = SamplingOptions { temperature, top_p: 1.0, seed: Some(seed), ..SamplingOptions::default() };
+        Choice { sampler: Sampler::new(options, None).unwrap(), guide: None }
+    }
+
+    fn job(prompt: Vec<u32>, turns: Vec<usize>, choices: Vec<Choice>, max_new: usize) -> Job {
+        Job { prompt, turns, choices, end_ids: Arc::default(), max_new: Some(max_new), top_log_probs: 0 }
+    }
+
+    /// What came of a job: ids with the bits of their log-probabilities by choice, and the tokens that were cached.
+    #[derive(Debug, Default, PartialEq)]
+    struct Outcome {
+        drawn: Vec<Vec<(u32, u32)>>,
+        cached: usize,
+        ended: usize,
+    }
+
+    impl Outcome {
+        fn take(&mut self, update: Update) {
+            match update {
+                Update::Read { cached } => self.cached = cached,
+                Update::Drawn { choice, token, .. } => {
+                    self.drawn.resize(self.drawn.len().max(choice + 1), Vec::new());
+                    self.drawn[choice].push((token.id, token.log_prob.to_bits()));
+                }
+                Update::Finished { .. } => self.ended += 1,
+                Update::Failed(error) => panic!("{error}"),
+            }
+        }
+
+        fn ids(&self, choice: usize) -> Vec<u32> {
+            self.drawn[choice].iter().map(|d| d.0).collect()
+        }
+    }
+
+    fn run(scheduler: &mut Scheduler, job: Job) -> Outcome {
+        let id = scheduler.submit(job).unwrap();
+        let mut outcome = Outcome::default();
+        while !scheduler.is_idle() {
+            for (of, update) in scheduler.step().unwrap() {
+                assert_eq!(of, id);
+                outcome.take(update);
+            }
+        }
+        outcome
+    }
+
+    /// The job in a scheduler of its own, without a cache.
+    fn alone(engine: &Engine, job: Job) -> Outcome {
+        run(&mut Scheduler::new(engine.model(), settings(1, 0, true)), job)
+    }
+
+    #[test]
+    fn marks_are_sparse() {
+        assert_eq!(marks(&[], 66, 4096), [64]);
+        assert_eq!(marks(&[10, 130, 260, 300], 300, 4096), [256, 256]);
+        assert_eq!(marks(&[70, 200, 400], 500, 256), [192, 384, 448, 256]);
+        assert_eq!(marks(&[], 1, 4096), [0]);
+    }
+
+    /// Answers of one job share the reading of the prompt, and each is what it would be alone.
+    #[test]
+    fn several_answers_are_those_of_as_many_jobs() {
+        let engine = tiny(VOCAB, CONTEXT);
+        for rows in [1, 2, 8] {
+            let mut scheduler = Scheduler::new(engine.model(), settings(rows, 0, true));
+            let all = run(&mut scheduler, job(text(150, 1), vec![], (0..5).map(|i| choice(i, 1.2)).collect(), 9));
+            assert_eq!((all.ended, all.drawn.len()), (5, 5));
+            for i in 0..5 {
+                let one = alone(&engine, job(text(150, 1), vec![], vec![choice(i as u64, 1.2)], 9));
+                assert_eq!(all.drawn[i], one.drawn[0], "answer {i}, {rows} rows");
+            }
+        }
+    }
+
+    /// Conversations that branch, go on and are edited in the middle: with the exact cache every bit is that of a fresh
+    /// start, and otherwise the greedy text is; and what should be found is.
+    #[test]
+    fn conversations_go_on_from_what_was_read() {
+        let engine = tiny(VOCAB, CONTEXT);
+        for exact in [true, false] {
+            let mut scheduler = Scheduler::new(engine.model(), settings(4, 1 << 30, exact));
+            let mut past = text(330, 7);
+            for turn in 0..4 {
+                let ask = || job(past.clone(), vec![past.len() - 20], vec![choice(1, 0.0)], 12);
+                let (got, wanted) = (run(&mut scheduler, ask()), alone(&engine, ask()));
+                assert_eq!(got.ids(0), wanted.ids(0), "turn {turn}");
+                if exact {
+                    assert_eq!(got.drawn, wanted.drawn, "turn {turn}");
+                }
+                if turn > 0 {
+                    // The reply's last id was never read.
+                    let before = past.len() - 30;
+                    let least = if exact { cut_before(before - 12, before - 12) } else { before - 1 };
+                    assert_eq!(got.cached, least, "turn {turn}");
+                }
+                past = [past, got.ids(0), text(30, turn)].concat();
+            }
+            // Asked again: the snapshot before the last tokens.
+            let again = run(&mut scheduler, job(past[..past.len() - 30].to_vec(), vec![], vec![choice(1, 0.0)], 3));
+            assert!(past.len() - 30 - again.cached <= 66, "{}", again.cached);
+            // An edit of the first text, beyond its 256th token.
+            let edited = [&past[..270], &text(100, 9)[..]].concat();
+            let ask = || job(edited.clone(), vec![], vec![choice(1, 0.0)], 5);
+            let (got, wanted) = (run(&mut scheduler, ask()), alone(&engine, ask()));
+            assert_eq!((got.cached, got.drawn), (256, wanted.drawn));
+        }
+    }
+
+    /// Jobs of every kind come at any step, branch from one another, are cancelled, and press on a cache that holds a
+    /// few of them: nothing wrong is ever said.
+    #[test]
+    fn under_pressure_nothing_wrong_is_said() {
+        let engine = tiny(VOCAB, CONTEXT);
+        let one = {
+            let mut scheduler = Scheduler::new(engine.model(), settings(1, 1 << 30, true));
+            run(&mut scheduler, job(text(300, 1), vec![], vec![choice(1, 0.0)], 2));
+            scheduler.cache().bytes / scheduler.cache().entries as u64
+        };
+        for exact in [true, false] {
+            let mut rng = ChaCha8Rng::seed_from_u64(5);
+            let mut scheduler = Scheduler::new(engine.model(), settings(3, 5 * one, exact));
+            let mut texts: Vec<Vec<u32>> = (0..3).map(|i| text(100 + 90 * i, i)).collect();
+            let mut open: HashMap<JobId, (Vec<u32>, Outcome)> = HashMap::new();
+            let (mut checked, mut cancelled, mut hits) = (0, 0, 0);
+            for step in 0..400 {
+                if step < 300 && rng.random_bool(0.2) {
+                    let from = &texts[rng.random_range(0..texts.len())];
+                    let kept = if rng.random_bool(0.3) { rng.random_range(1..=from.len()) } else { from.len() };
+                    let more = text(rng.random_range(0..90), rng.random_range(0..1000));
+                    let prompt: Vec<u32> = [&from[..kept], &more].concat();
+                    let prompt = prompt[..prompt.len().min(CONTEXT - 20)].to_vec();
+                    let id = scheduler
+                        .submit(job(prompt.clone(), vec![kept], vec![choice(0, 0.0)], rng.random_range(1..12)))
+                        .unwrap();
+                    open.insert(id, (prompt, Outcome::default()));
+                }
+                if rng.random_bool(0.03)
+                    && let Some(&id) = open.keys().min()
+                {
+                    scheduler.cancel(id);
+                    open.remove(&id);
+                    cancelled += 1;
+                }
+                for (id, update) in scheduler.step().unwrap() {
+                    let (prompt, outcome) = open.get_mut(&id).expect("nothing is told of a cancelled job");
+                    outcome.take(update);
+                    if outcome.ended == 0 {
+                        continue;
+                    }
+                    let wanted =
+                        alone(&engine, job(prompt.clone(), vec![], vec![choice(0, 0.0)], outcome.drawn[0].len()));
+                    assert_eq!(outcome.ids(0), wanted.ids(0));
+                    if exact {
+                        assert_eq!(outcome.drawn, wanted.drawn);
+                    }
+                    for (got, wanted) in outcome.drawn[0].iter().zip(&wanted.drawn[0]) {
+                        assert!((f32::from_bits(got.1) - f32::from_bits(wanted.1)).abs() < 1e-4);
+                    }
+                    hits += usize::from(outcome.cached > 0);
+                    checked += 1;
+                    let (prompt, outcome) = open.remove(&id).unwrap();
+                    texts.push([prompt, outcome.ids(0)].concat());
+                }
+                assert!(scheduler.cache().bytes <= 5 * one);
+            }
+            assert!(scheduler.is_idle() && open.is_empty());
+            assert_eq!(scheduler.bytes(), 0);
+            let evictions = scheduler.cache().evictions;
+            assert!(
+                checked > 40 && cancelled > 3 && hits > 15 && evictions > 15,
+                "{checked} {cancelled} {hits} {evictions}"
+            );
+        }
+    }
+
+    /// What was read of a cancelled job is where the next one begins.
+    #[test]
+    fn a_stopped_reply_is_gone_on_from() {
+        let engine = tiny(VOCAB, CONTEXT);
+        for exact in [true, false] {
+            let mut scheduler = Scheduler::new(engine.model(), settings(2, 1 << 30, exact));
+            let prompt = text(200, 3);
+            let id = scheduler.submit(job(prompt.clone(), vec![], vec![choice(1, 0.0)], 50)).unwrap();
+            let mut outcome = Outcome::default();
+            (0..6).flat_map(|_| scheduler.step().unwrap()).for_each(|(_, update)| outcome.take(update));
+            scheduler.cancel(id);
+            assert_eq!((scheduler.is_idle(), scheduler.step().unwrap()), (true, vec![]));
+            let next = [&prompt[..], &outcome.ids(0), &[5, 6, 7]].concat();
+            let ask = || job(next.clone(), vec![], vec![choice(1, 0.0)], 4);
+            let (got, wanted) = (run(&mut scheduler, ask()), alone(&engine, ask()));
+            assert_eq!(got.ids(0), wanted.ids(0));
+            assert_eq!(got.cached, if exact { 192 } else { prompt.len() + outcome.drawn[0].len() - 1 });
+            // One that is stopped while its prompt is read leaves the pieces that were read.
+            let long = text(1000, 11);
+            let id = scheduler.submit(job(long.clone(), vec![], vec![choice(1, 0.0)], 5)).unwrap();
+            (0..3).for_each(|_| assert_eq!(scheduler.step().unwrap(), vec![]));
+            scheduler.cancel(id);
+            let ask = || job(long.clone(), vec![], vec![choice(1, 0.0)], 5);
+            let (got, wanted) = (run(&mut scheduler, ask()), alone(&engine, ask()));
+            assert_eq!((got.cached, got.drawn), (384, wanted.drawn));
+        }
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_or_fails_alone() {
+        let engine = tiny(VOCAB, CONTEXT);
+        let mut scheduler = Scheduler::new(engine.model(), settings(2, 0, false));
+        assert_eq!(scheduler.submit(job(text(5, 1), vec![], vec![], 1)), Err(EngineError::Empty));
+        assert_eq!(scheduler.submit(job(vec![], vec![], vec![choice(1, 1.0)], 1)), Err(EngineError::Empty));
+        let nothing = Sampler::new(SamplingOptions::default(), Some(vec![false; VOCAB])).unwrap();
+        let bad = Choice { sampler: nothing, guide: None };
+        let fails = scheduler.submit(job(text(5, 1), vec![], vec![choice(1, 1.0), bad, choice(2, 1.0)], 20)).unwrap();
+        let works = scheduler.submit(job(text(6, 1), vec![], vec![choice(1, 1.0)], 3)).unwrap();
+        let (mut failed, mut ended) = (0, 0);
+        while !scheduler.is_idle() {
+            for (id, update) in scheduler.step().unwrap() {
+                match update {
+                    Update::Failed(error) => {
+                        assert!(id == fails && matches!(error, EngineError::Sampler(_)));
+                        failed += 1;
+                    }
+                    Update::Finished { .. } => {
+                        assert_eq!(id, works);
+                        ended += 1;
+                    }
+                    _ => assert!(failed == 0 || id == works, "nothing comes of a job that failed"),
+                }
+            }
+        }
+        assert_eq!((failed, ended), (1, 1));
+        assert!(scheduler.jobs.is_empty() && scheduler.owners.is_empty());
+    }
+}
