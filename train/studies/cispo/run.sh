@@ -23,5 +23,5 @@ for seed in 1 2 3; do
     fi
   done
 done
-"$train" report "${all[@]}" --out "$here/report.html" --thresholds 0.4,0.5,0.6,0.7 \
+"$train" report "${all[@]}" --out "$here/report.html" --thresholds 0.3,0.35,0.4,0.45 \
   --title "CISPO, DAPO, GRPO and REINFORCE on three tasks"
