@@ -71,6 +71,8 @@ def script(text):
         return "", ODD, 200, 0.002
     if "wide" in text:
         return "w" * 400, "w" * 400 + "\n\n# " + "v" * 200 + "\n\n`" + "u" * 200 + "`", 10, 0.005
+    if "endless" in text:
+        return "I think, slowly. " * 4, "This is said word by word. " * 2000, 2000, 0.04
     if "slow" in text:
         return "I think, slowly. " * 8, "This is said word by word. " * 20, 60, 0.04
     return "A thought.", f"You said: {text}", 8, 0.01
@@ -144,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             thinking = ""
         deltas = [{"role": "assistant", "content": ""}]
         for name, whole in (("reasoning_content", thinking), ("content", answer)):
-            size = max(1, -(-len(whole) // pieces))
+            size = max(2, -(-len(whole) // pieces))
             deltas += [{name: whole[i : i + size]} for i in range(0, len(whole), size)]
         if "break" in text or "fail" in text:
             deltas = deltas[: len(deltas) - 3]

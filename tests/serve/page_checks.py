@@ -31,8 +31,9 @@ def real(browser, url, key, page_bytes, options):
 
     question = "What is 23 + 45?"
     chat.settings(Temperature=0, API_key=key or "")
-    first = chat.ask(question)
-    grown = streamed(chat, 3)
+    with chat.slow_line(2000):  # a small model is done before the eye sees a stream
+        first = chat.ask(question)
+    grown = streamed(chat, 4)
     hold(first["end"] == "stop" and first["content"].strip(), f"no whole answer: {first}")
     whole = served("v1/chat/completions", {"model": model, "temperature": 0,
                                            "messages": [{"role": "user", "content": question}]})
@@ -76,7 +77,8 @@ def real(browser, url, key, page_bytes, options):
     hold(len(edited) == 4 and edited[2]["content"] == question and edited[3]["end"] == "stop", f"edited: {edited}")
     print("ok    regenerate and edit")
 
-    for attempt in range(8):  # a small model may be done before anybody can stop it
+    chat.settings(Temperature=2, Top_p=1)  # at random it seldom finds an end
+    for _ in range(8):
         page.evaluate("stopAt = 12")
         stopped = chat.ask(question)
         if stopped["end"] == "stopped":
@@ -86,6 +88,7 @@ def real(browser, url, key, page_bytes, options):
     time.sleep(1)
     hold(chat.last("").inner_text() == text, "a stopped reply changes")
     hold(len(stopped["reasoning"] + stopped["content"]) >= 12, f"what was said is gone: {stopped}")
+    chat.settings(Temperature=0, Top_p="")
     following = chat.ask(question)
     hold(following["end"] == "stop" and following["content"].strip(), f"after a stop: {following}")
     print(f"ok    stopped after {len(stopped['reasoning'] + stopped['content'])} characters; the next turn works")
@@ -110,6 +113,11 @@ def real(browser, url, key, page_bytes, options):
     budget = chat.ask(question)
     hold(chat.sent[-1]["thinking"] == {"type": "enabled", "budget_tokens": 4}, f"sent: {chat.sent[-1]}")
     hold(budget["stats"]["thinking"] <= 6, f"thought longer than 4 tokens: {budget}")
+    chat.reset(key or "")
+    page.reload()
+    chat.ask(question)
+    own = {"temperature", "top_p", "max_tokens", "thinking"} & chat.sent[-1].keys()
+    hold(not own and chat.sent[-1]["messages"][0]["role"] == "user", f"after Reset: {chat.sent[-1]}")
     print(f"ok    settings are kept, sent and followed (no thinking; thinking of {budget['stats']['thinking']} tokens)")
 
     page.route("**/v1/chat/completions", lambda route: route.continue_(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import contextmanager
 
 WAIT = 60_000
 
@@ -104,10 +105,21 @@ class Chat:
         self.page.get_by_role("button", name="Save").click()
         hold(not self.page.locator("#settings").is_visible(), "the settings stay open after Save")
 
-    def reset(self):
+    def reset(self, key):
         self.page.get_by_role("button", name="Settings").first.click()
         self.page.get_by_role("button", name="Reset").click()
+        self.page.get_by_label("API key").fill(key)
         self.page.get_by_role("button", name="Save").click()
+
+    @contextmanager
+    def slow_line(self, bytes_per_second):
+        """While it lasts, what the server says arrives no faster."""
+        network = self.context.new_cdp_session(self.page)
+        network.send("Network.enable")
+        network.send("Network.emulateNetworkConditions", {
+            "offline": False, "latency": 0, "downloadThroughput": bytes_per_second, "uploadThroughput": -1})
+        yield
+        network.detach()
 
     def fits(self, where):
         wide = self.page.evaluate("""() => [document.documentElement, document.querySelector('main'),

@@ -11,12 +11,13 @@ def scripted(browser, page_bytes, options):
     chat = Chat(browser, server.url, **options)
     page = chat.page
 
-    chat.start("slow")
+    chat.start("endless")
     chat.until("grown.some(g => g[1] > 50)")  # the answer has begun
     hold(not chat.last("details").evaluate("d => d.open"), "the thinking is not folded when the answer begins")
     chat.last("summary").click()
     page.get_by_label("Message", exact=True).fill("a draft")
     page.keyboard.press("Enter")
+    chat.until("new Set(grown.map(g => g[1] + g[2])).size > 30")
     grown = streamed(chat, 20)
     hold(any(is_open and thought and not answer for _, answer, thought, is_open, *_ in grown), "thinking was not open")
     hold(grown[-1][5] == 1, f"one paragraph is shown as {grown[-1][5]} while it grows")
@@ -36,7 +37,12 @@ def scripted(browser, page_bytes, options):
          f"what was said before the stop isn't sent: {sent}")
     print("ok    scripted: a slow stream, folding, a draft meanwhile, Stop hangs up and keeps what was said")
 
-    chat.start("slow again")
+    stats = chat.ask("slow")["stats"]  # 144 tokens in 120 pieces, 40 ms apart at least
+    hold(stats["time"] > 4.7 and 1 < stats["rate"] < 144 / 4.7, f"figures of a stream: {stats}")
+    hold("144 tokens (24 thinking) in " in chat.last(".stats").inner_text(), chat.last(".stats").inner_text())
+    print("ok    scripted: figures of a stream")
+
+    chat.start("endless again")
     chat.until("grown.at(-1)[1] > 100")
     page.reload()
     page.get_by_text("Interrupted by a reload.").wait_for()
@@ -45,11 +51,11 @@ def scripted(browser, page_bytes, options):
     hold(chat.ask("on")["end"] == "stop", "the turn after a reload")
     print("ok    scripted: a reply that a reload interrupts is kept as far as it came")
 
-    chat.start("slow stop by key")
+    chat.start("endless, until a key stops it")
     chat.until("grown.at(-1)[2] > 10")
     page.keyboard.press("Escape")
     hold(chat.idle()[-1]["end"] == "stopped", "Escape does not stop")
-    chat.start("slow new chat")
+    chat.start("endless, until there is a new chat")
     chat.until("grown.at(-1)[2] > 10")
     page.get_by_role("button", name="New chat").click()
     time.sleep(0.5)
