@@ -8,6 +8,7 @@ use m1_model::ModelConfig;
 use m1_model::checkpoint::{self, CheckpointError, Quantization, WeightDtype};
 use m1_model::device::OpenDevice;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How to load.
 #[derive(Debug, Clone, Default)]
@@ -67,7 +68,7 @@ pub struct Assets {
     /// The model.
     pub engine: Engine,
     /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Its sampling defaults.
     pub generation: GenerationConfig,
     /// The ids that end a turn.
@@ -99,7 +100,7 @@ impl Assets {
         if let Some(&id) = end_ids.iter().find(|&&id| id as usize >= vocab) {
             return Err(AssetsError::EndId { path: dir.join(file).display().to_string(), id, vocab });
         }
-        Ok(Self { engine, tokenizer, generation, end_ids })
+        Ok(Self { engine, tokenizer: Arc::new(tokenizer), generation, end_ids })
     }
 
     /// A sampler that knows which ids exist.

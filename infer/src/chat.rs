@@ -189,7 +189,7 @@ impl<'a> Chat<'a> {
             reply.push_str(NO_THINKING);
         }
         let (given, given_ids) = (reply.len(), ids.len());
-        let mut stream = TextStream::new(&self.assets.tokenizer);
+        let mut stream = TextStream::new(&*self.assets.tokenizer);
         let mut failed = None;
         let mut first_token = None;
         let finish = self.session.generate(&mut self.sampler, &self.assets.end_ids, self.max_new, &mut |drawn| {
@@ -308,7 +308,7 @@ mod tests {
     fn assets(template: &str) -> (tempfile::TempDir, Assets) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
-        let tokenizer = byte_level(dir.path(), &TOKENS);
+        let tokenizer = byte_level(dir.path(), &TOKENS).into();
         let generation = GenerationConfig::default();
         let (engine, end_ids) = (tiny(272, 400), vec![258]);
         (dir, Assets { engine, tokenizer, generation, end_ids })

@@ -2,6 +2,7 @@
 //! one, so its bytes wait for the rest. What is certain is given out at once, what is invalid becomes U+FFFD.
 
 use crate::tokenizer::Tokenizer;
+use std::ops::Deref;
 
 /// Decodes UTF-8 that arrives in pieces; over a whole stream it gives what `String::from_utf8_lossy` gives.
 #[derive(Debug, Clone, Default)]
@@ -42,19 +43,19 @@ impl Utf8Stream {
     }
 }
 
-/// Decodes ids one by one, special tokens left out.
+/// Decodes ids one by one, special tokens left out. The tokenizer is borrowed, or shared (`Arc`).
 #[derive(Debug, Clone)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct TextStream<T> {
+    tokenizer: T,
     utf8: Utf8Stream,
     // For tokenizers that are not byte-level: the ids since the last text, decoded together.
     ids: Vec<u32>,
     shown: String,
 }
 
-impl<'a> TextStream<'a> {
+impl<T: Deref<Target = Tokenizer>> TextStream<T> {
     /// A stream that begins anew.
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+    pub fn new(tokenizer: T) -> Self {
         Self { tokenizer, utf8: Utf8Stream::default(), ids: Vec::new(), shown: String::new() }
     }
 

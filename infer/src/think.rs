@@ -3,11 +3,34 @@
 
 use crate::stop::overlap;
 
-const OPEN: &str = "<think>";
-const CLOSE: &str = "</think>";
+pub(crate) const OPEN: &str = "<think>";
+pub(crate) const CLOSE: &str = "</think>";
 
 /// What switches thinking off when the assistant's turn begins with it: an empty block, already closed.
 pub const NO_THINKING: &str = "<think>\n\n</think>\n\n";
+
+/// Where a reply begins, as its prompt leaves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Start {
+    /// Outside: the model opens `<think>` itself, if it likes.
+    #[default]
+    Before,
+    /// Inside `<think>`.
+    Inside,
+    /// After a block that is closed already, as [`NO_THINKING`] is: all is answer.
+    After,
+}
+
+impl Start {
+    /// Where a reply to this prompt begins: judged by a tag at its end.
+    pub fn of_prompt(prompt: &str) -> Self {
+        match prompt.trim_end() {
+            text if text.ends_with(OPEN) => Self::Inside,
+            text if text.ends_with(CLOSE) => Self::After,
+            _ => Self::Before,
+        }
+    }
+}
 
 /// A piece of a reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,41 +41,41 @@ pub enum Piece {
     Answer(String),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum State {
-    Before,
-    Thinking,
-    After,
-}
-
 /// Splits a streamed reply. Only its first `<think>` opens a block: what comes after the block is the answer, also
 /// where the answer speaks of `<think>` itself. A block that is never closed is thinking to its end.
 #[derive(Debug, Clone)]
 pub struct ThinkSplitter {
-    state: State,
+    state: Start,
     held: String,
 }
 
 impl Default for ThinkSplitter {
     fn default() -> Self {
-        Self { state: State::Before, held: String::new() }
+        Self::new(Start::Before)
     }
 }
 
 impl ThinkSplitter {
-    /// For a reply whose prompt ended inside `<think>`.
-    pub fn inside() -> Self {
-        Self { state: State::Thinking, held: String::new() }
+    /// For a reply that begins at `start`.
+    pub fn new(start: Start) -> Self {
+        Self { state: start, held: String::new() }
     }
 
-    /// For a reply whose prompt holds a closed block: all is answer.
-    pub fn after() -> Self {
-        Self { state: State::After, held: String::new() }
+    /// Where the text so far ends.
+    pub fn state(&self) -> Start {
+        self.state
+    }
+
+    /// From here on all is answer; returns what was held back.
+    pub fn end_thinking(&mut self) -> Vec<Piece> {
+        let pieces = self.finish();
+        self.state = Start::After;
+        pieces
     }
 
     /// Whether the text so far ends inside the block.
     pub fn is_thinking(&self) -> bool {
-        self.state == State::Thinking
+        self.state == Start::Inside
     }
 
     /// Takes the next text; returns the pieces that are certain, none of them empty.
@@ -61,21 +84,21 @@ impl ThinkSplitter {
         let mut pieces = Vec::new();
         loop {
             let tag = match self.state {
-                State::Before => OPEN,
-                State::Thinking => CLOSE,
-                State::After => break,
+                Start::Before => OPEN,
+                Start::Inside => CLOSE,
+                Start::After => break,
             };
             let Some(at) = self.held.find(tag) else { break };
             let rest = self.held.split_off(at + tag.len());
             self.held.truncate(at);
             self.flush(&mut pieces, 0);
             self.held = rest;
-            self.state = if self.state == State::Before { State::Thinking } else { State::After };
+            self.state = if self.state == Start::Before { Start::Inside } else { Start::After };
         }
         let keep = match self.state {
-            State::Before => overlap(&self.held, OPEN),
-            State::Thinking => overlap(&self.held, CLOSE),
-            State::After => 0,
+            Start::Before => overlap(&self.held, OPEN),
+            Start::Inside => overlap(&self.held, CLOSE),
+            Start::After => 0,
         };
         self.flush(&mut pieces, keep);
         pieces
@@ -93,7 +116,7 @@ impl ThinkSplitter {
         let rest = self.held.split_off(self.held.len() - keep);
         let text = std::mem::replace(&mut self.held, rest);
         if !text.is_empty() {
-            pieces.push(if self.state == State::Thinking { Piece::Thinking(text) } else { Piece::Answer(text) });
+            pieces.push(if self.state == Start::Inside { Piece::Thinking(text) } else { Piece::Answer(text) });
         }
     }
 }
@@ -154,9 +177,17 @@ mod tests {
     #[test]
     fn unfinished_and_preset_blocks() {
         assert_eq!(joined(ThinkSplitter::default(), &["<think>on and on</th"]), ("on and on</th".into(), "".into()));
-        assert_eq!(joined(ThinkSplitter::inside(), &["so</think>yes"]), ("so".into(), "yes".into()));
-        assert_eq!(joined(ThinkSplitter::after(), &["<think>"]), ("".into(), "<think>".into()));
+        assert_eq!(joined(ThinkSplitter::new(Start::Inside), &["so</think>yes"]), ("so".into(), "yes".into()));
+        assert_eq!(joined(ThinkSplitter::new(Start::After), &["<think>"]), ("".into(), "<think>".into()));
         assert_eq!(split("<think>\nx\n</think>\n\n42"), ("\nx\n".into(), "42".into()));
         assert_eq!(split(&format!("{NO_THINKING}7")), ("\n\n".into(), "7".into()));
+    }
+
+    #[test]
+    fn a_prompt_tells_where_its_reply_begins() {
+        let ai = "<beginning_of_sentence>ai name=assistant\n";
+        assert_eq!(Start::of_prompt(ai), Start::Before);
+        assert_eq!(Start::of_prompt(&format!("{ai}<think>\n")), Start::Inside);
+        assert_eq!(Start::of_prompt(&format!("{ai}{NO_THINKING}")), Start::After);
     }
 }

@@ -80,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
     let mut out = std::io::stdout().lock();
     let terminal = out.is_terminal();
-    let mut stream = TextStream::new(&assets.tokenizer);
+    let mut stream = TextStream::new(&*assets.tokenizer);
     let (mut text, mut made, mut log_probs) = (String::new(), Vec::new(), Vec::new());
     let (mut failed, mut first_token) = (None, None);
     let mut show = |piece: &str| {

@@ -1,6 +1,14 @@
 //! What a sequence may say next, where not everything is allowed: a grammar, a budget of thought. A guide looks at the
 //! ids as they are drawn and knows nothing of the model; it runs on the thread that draws.
 
+mod grammar;
+mod reply;
+mod thinking;
+
+pub use grammar::{Grammar, Grammars};
+pub use reply::{Answer, ReplyGuide};
+pub use thinking::Thinking;
+
 /// Which ids may be drawn next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next<'a> {
