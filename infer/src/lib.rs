@@ -18,6 +18,7 @@ pub mod files;
 pub mod generation_config;
 pub mod guide;
 pub mod history;
+pub mod hub;
 pub mod interrupt;
 pub mod render;
 pub mod repl;

@@ -191,7 +191,7 @@ fn mistakes_are_one_line_each() {
     assert!(mistake(&["--seed", "-1"]).contains("'--seed <N>': a whole number"));
     let bare = |args: &[&str]| run(bare(args), "");
     assert!(bare(&["chat", "--model", "x", "--device", "tpu"]).mistake().contains("use auto, cpu, wgpu"));
-    assert!(bare(&["chat"]).mistake().contains("--model <DIR>"));
+    assert!(bare(&["chat"]).mistake().contains("--model <DIR|ID>"));
     let got = bare(&["chat", "--model", "/no/such", "--device", "cpu"]);
     assert_eq!(got.code, Some(1));
     assert!(got.mistake().contains("/no/such: no such directory"));

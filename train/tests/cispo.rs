@@ -194,7 +194,7 @@ fn mistakes_are_one_line() {
     fs::write(&config, "steps = 3\n[loss]\nepsilon_high = 0.2\n").unwrap();
     for (args, wanted) in [
         (vec![], "--model: which model is to be trained?"),
-        (vec!["--model", "/nowhere"], "/nowhere/config.json"),
+        (vec!["--model", "/nowhere"], "/nowhere: no such directory"),
         (vec!["--model", model, "--config", config.to_str().unwrap()], "unknown field `epsilon_high`"),
         (vec!["--model", model, "--set", "loss.ratio_max=0.2"], "must leave the ratio 1 as it is"),
         (vec!["--model", model, "--set", "window.lengths=[9999999]"], "max_position_embeddings"),

@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(found(&mut cache, &early), None);
         assert_eq!(found(&mut cache, &[]), None);
         let stats = cache.stats();
-        assert_eq!((stats.lookups, stats.hits, stats.entries), (9, 6, 3));
+        assert_eq!((stats.lookups, stats.hits, stats.entries), (10, 6, 3));
     }
 
     #[test]

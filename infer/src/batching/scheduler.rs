@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn marks_are_sparse() {
         assert_eq!(marks(&[], 66, 4096), [64]);
-        assert_eq!(marks(&[10, 130, 260, 300], 300, 4096), [256, 256]);
+        assert_eq!(marks(&[10, 130, 260, 300], 300, 4096), [128, 256, 256]);
         assert_eq!(marks(&[70, 200, 400], 500, 256), [192, 384, 448, 256]);
         assert_eq!(marks(&[], 1, 4096), [0]);
     }

@@ -7,7 +7,7 @@
 mod subject;
 
 use self::subject::{Layers, Subject};
-use super::common::{WeightArgs, whole};
+use super::common::{HubArgs, WeightArgs, whole};
 use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
 use anyhow::{Context, ensure};
@@ -42,9 +42,11 @@ GFLOP/s counts 2 a multiply-add, without embedding and head. Ctrl-C ends with wh
 --random holds bf16 unless --dtype or --quantize says otherwise. With --layers the vocabulary is cut to 1024 ids: what is
 left to time is layers, and layer-t/s is t/s times their number. One lightning layer of M1 takes 11.4 GB in bf16.")]
 pub struct Args {
-    /// Directory of a checkpoint in Hugging Face form: config.json and safetensors
-    #[arg(long, short, value_name = "DIR", required_unless_present = "random")]
+    /// Checkpoint in Hugging Face form: its directory, or an id of the hub, owner/name[@revision]
+    #[arg(long, short, value_name = "DIR|ID", required_unless_present = "random")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Instead of --model: random weights of a configuration: nano, small, base, a config.json or a directory with one
     #[arg(long, value_name = "CONFIG", conflicts_with = "model")]
     random: Option<PathBuf>,
@@ -97,7 +99,8 @@ enum Output {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tests = tests(&args.prompts, &args.decodes, &args.depths);
     ensure!(!tests.is_empty(), "nothing to measure: give -p or -n a number above 0");
-    let subject = Subject::new(args.model.as_deref(), args.random.as_deref(), args.layers.as_ref(), &args.weights)?;
+    let (model, random) = (args.model.as_deref(), args.random.as_deref());
+    let subject = Subject::new(model, &args.hub, random, args.layers.as_ref(), &args.weights)?;
     let device = args.weights.open_device()?;
     if !device.is_cpu {
         ensure!(args.threads.is_none(), "--threads counts on the CPU only; add --device cpu");

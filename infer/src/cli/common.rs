@@ -1,10 +1,11 @@
 //! Flags that several commands share.
 
 use crate::assets::{Assets, LoadSettings};
+use crate::hub::{self, HubError, Need};
 use crate::sampler::SamplingOptions;
 use m1_model::checkpoint::{Bits, Quantization, WeightDtype};
 use m1_model::device::{DeviceChoice, OpenDevice};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Reads a number of a flag that takes no fractions and nothing below 0.
 pub fn whole<T: std::str::FromStr>(text: &str) -> Result<T, &'static str> {
@@ -22,12 +23,30 @@ pub fn block(text: &str) -> Result<usize, &'static str> {
 /// Which model, where.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ModelArgs {
-    /// Directory of a checkpoint in Hugging Face form: config.json, safetensors, tokenizer.json
-    #[arg(long, short, value_name = "DIR")]
+    /// Checkpoint in Hugging Face form: its directory, or an id of the hub, owner/name[@revision]
+    #[arg(long, short, value_name = "DIR|ID")]
     pub model: PathBuf,
+    /// Whether the hub may be asked.
+    #[command(flatten)]
+    pub hub: HubArgs,
     /// Where, and in which form.
     #[command(flatten)]
     pub weights: WeightArgs,
+}
+
+/// Whether the hub may be asked.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct HubArgs {
+    /// Take a Hugging Face id from the cache, and fetch nothing (also HF_HUB_OFFLINE=1)
+    #[arg(long)]
+    pub offline: bool,
+}
+
+impl HubArgs {
+    /// The directory that `--model` names, with all that running it takes.
+    pub fn directory(&self, model: &Path) -> Result<PathBuf, HubError> {
+        hub::directory(model, Need::Weights, self.offline)
+    }
 }
 
 /// Where a model runs, and what its weights are held in.
@@ -71,9 +90,15 @@ impl WeightArgs {
 }
 
 impl ModelArgs {
+    /// Where the model is on this machine; fetched first, if it is the hub's and not in the cache.
+    pub fn directory(&self) -> Result<PathBuf, HubError> {
+        self.hub.directory(&self.model)
+    }
+
     /// Loads model and tokenizer.
     pub fn load(&self, context: Option<usize>) -> anyhow::Result<Assets> {
-        let assets = Assets::load(&self.model, &self.weights.open_device()?, &self.weights.settings(context))?;
+        let dir = self.directory()?;
+        let assets = Assets::load(&dir, &self.weights.open_device()?, &self.weights.settings(context))?;
         let dir = self.model.display();
         if assets.end_ids.is_empty() {
             note!("warning: {dir}: no eos_token_id and no eos_token says which id ends a turn: only limits end a text");

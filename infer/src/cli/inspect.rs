@@ -4,6 +4,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use super::common::HubArgs;
+use crate::hub::{self, Need};
 use anyhow::bail;
 use m1_model::checkpoint::{Bits, Comparison, Directory, Quantization, WeightDtype};
 use m1_model::config::{AttentionKind, ModelConfig};
@@ -16,12 +18,14 @@ use serde_json::{Map, Value, json};
 #[command(
     after_help = "Reads no weights. Where the directory lists its tensors (an index or model.safetensors), the exit status \
 is 1 if any is missing or unexpected, if only some of the files are there or, with all there, if a header is wrong. A \
-bare config.json, or an index without any of its files, is fine."
+bare config.json, or an index without any of its files, is fine. Of a Hugging Face id's shards none is fetched."
 )]
 pub struct Args {
-    /// Checkpoint directory; config.json and model.safetensors.index.json will do
-    #[arg(short, long, value_name = "DIR")]
+    /// Checkpoint directory (config.json and model.safetensors.index.json will do), or a Hugging Face id, owner/name
+    #[arg(short, long, value_name = "DIR|ID")]
     model: PathBuf,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Accepted as by every command; nothing is opened or run
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
@@ -38,7 +42,8 @@ pub struct Args {
 
 /// Prints the report; an error if the checkpoint is not what its configuration says.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let directory = Directory::open(&args.model, args.rotary_dim)?;
+    let path = hub::directory(&args.model, Need::Description, args.hub.offline)?;
+    let directory = Directory::open(&path, args.rotary_dim)?;
     let comparison = directory.compare();
     // With every shard there, their headers are checked too; an index may also stand alone.
     let (listed, present) = (directory.files().len(), present(&directory));
@@ -284,7 +289,14 @@ mod tests {
     }
 
     fn args(model: &std::path::Path) -> Args {
-        Args { model: model.into(), device: DeviceChoice::Auto, json: true, context: 100, rotary_dim: None }
+        Args {
+            model: model.into(),
+            hub: HubArgs::default(),
+            device: DeviceChoice::Auto,
+            json: true,
+            context: 100,
+            rotary_dim: None,
+        }
     }
 
     #[test]

@@ -47,9 +47,10 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let name = args.tokens.display().to_string();
     let rows = read_rows(&args.tokens).context(name.clone())?;
+    let dir = args.model.directory()?;
     let device = args.model.weights.open_device()?;
     let settings = args.model.weights.settings(None);
-    let model = load_model(&args.model.model, &device, &settings)?;
+    let model = load_model(&dir, &device, &settings)?;
     let vocab = model.config().vocab_size;
     for (r, row) in rows.iter().enumerate() {
         if let Some(t) = row.iter().position(|&id| id as usize >= vocab) {

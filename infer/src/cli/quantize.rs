@@ -1,8 +1,7 @@
 //! `m1 quantize`: a checkpoint in fewer bits, written as a directory that loads like any other.
 
-use super::common::{DEFAULT_BLOCK, block};
+use super::common::{DEFAULT_BLOCK, HubArgs, block};
 use super::inspect::bytes;
-use anyhow::bail;
 use m1_model::checkpoint::{Bits, Quantization, QuantizeOptions, quantize};
 use m1_model::device::DeviceChoice;
 use std::path::PathBuf;
@@ -18,9 +17,11 @@ embedding and head are too (embedding and head in int8 at least). Norms and rout
 weights along a row gets a scale in f16. Tokenizer files go along. No model is made: any machine with room for the
 result will do.")]
 pub struct Args {
-    /// Checkpoint directory in Hugging Face form, not quantized
-    #[arg(long, short, value_name = "DIR")]
+    /// Checkpoint in Hugging Face form, not quantized: its directory, or an id of the hub, owner/name[@revision]
+    #[arg(long, short, value_name = "DIR|ID")]
     model: PathBuf,
+    #[command(flatten)]
+    hub: HubArgs,
     /// int8 or int4
     #[arg(long, value_name = "FORMAT")]
     to: Bits,
@@ -67,10 +68,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         beside: BESIDE.map(String::from).into(),
         progress: true,
     };
-    if !args.model.is_dir() {
-        bail!("{}: no such directory (--model takes the directory of a checkpoint)", args.model.display());
-    }
-    let [before, after] = quantize(&args.model, &args.out, &options)?;
+    let model = args.hub.directory(&args.model)?;
+    let [before, after] = quantize(&model, &args.out, &options)?;
     let share = 100.0 * after as f64 / before as f64;
     note!("{}: {} instead of {} ({share:.0} %)", args.out.display(), bytes(after), bytes(before));
     Ok(())

@@ -11,6 +11,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use burn::module::Module;
+use m1_infer::cli::common::HubArgs;
+use m1_infer::hub;
 use m1_model::checkpoint::{LoadOptions, WeightDtype, load};
 use m1_model::config::ModelConfig;
 use m1_model::device::{DeviceChoice, OpenDevice};
@@ -44,9 +46,11 @@ and head. Nothing is saved. Ctrl-C ends with what has been measured.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Directory of a checkpoint in Hugging Face form
-    #[arg(long, short, value_name = "DIR", conflicts_with = "preset")]
+    /// Directory of a checkpoint in Hugging Face form, or an id of the hub, owner/name[@revision]
+    #[arg(long, short, value_name = "DIR|ID", conflicts_with = "preset")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Random weights of this size: nano, small or base [default: nano]
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
@@ -129,7 +133,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// The model, and what it is called.
 fn model(args: &Args, device: &OpenDevice) -> anyhow::Result<(String, M1)> {
-    let Some(dir) = &args.model else {
+    let Some(given) = &args.model else {
         let name = args.preset.as_deref().unwrap_or("nano");
         let Some(config) = ModelConfig::preset(name) else {
             bail!("--preset {name}: expected nano, small or base");
@@ -140,10 +144,9 @@ fn model(args: &Args, device: &OpenDevice) -> anyhow::Result<(String, M1)> {
     // Training is in f32, whatever the checkpoint is stored in.
     let options =
         LoadOptions { dtype: Some(WeightDtype::F32), tensors: true, progress: true, ..LoadOptions::default() };
-    let model = load(dir, &device.device, &options).context("--model")?;
-    let path = dir.canonicalize().unwrap_or_else(|_| dir.clone());
-    let name = path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
-    Ok((name, model))
+    let dir = args.hub.directory(given)?;
+    let model = load(&dir, &device.device, &options).context("--model")?;
+    Ok((hub::name(given), model))
 }
 
 /// Timed steps.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
+use m1_infer::cli::common::HubArgs;
 use m1_infer::files;
 use m1_model::config::ModelConfig;
 use m1_model::device::DeviceChoice;
@@ -39,9 +40,11 @@ often it is stopped and resumed, with any --threads.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Directory of the model to begin from (not with --resume)
-    #[arg(long, short, value_name = "DIR")]
+    /// Directory of the model to begin from, or its Hugging Face id, owner/name[@revision] (not with --resume)
+    #[arg(long, short, value_name = "DIR|ID")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Directory of the run
     #[arg(long, value_name = "DIR", required_unless_present = "show_config")]
     out: Option<PathBuf>,
@@ -147,6 +150,7 @@ fn start(args: &Args, config: Config, out: &Path, threads: usize, device: &Devic
         eprintln!("{}: no checkpoint yet, starting at step 0", out.display());
     }
     refuse_a_started_run(out)?;
+    let model = &args.hub.directory(model)?;
     config.validate(&ModelConfig::from_file(model.join("config.json")).context("--model")?)?;
     Language::open(model).context("--model")?;
     let loaded = run::load_model(model, device).context("--model")?;

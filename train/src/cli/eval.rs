@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use m1_infer::cli::common::HubArgs;
 use m1_infer::files;
 use m1_infer::sampler::SamplingOptions;
 use m1_model::checkpoint::{self, Bits, LoadOptions, Quantization, WeightDtype};
@@ -29,9 +30,11 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Directory of the model
-    #[arg(long, value_name = "DIR")]
+    /// Directory of the model, or its Hugging Face id, owner/name[@revision]
+    #[arg(long, value_name = "DIR|ID")]
     model: PathBuf,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Tasks by name, separated by commas [default: all]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     tasks: Vec<String>,
@@ -121,13 +124,14 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     {
         bail!("--json {}: its folder does not exist", path.display());
     }
+    let dir = args.hub.directory(&args.model)?;
     let open = args.device.open()?;
     eprintln!("device: {}", open.name);
     let quantize = args.quantize.map(|bits| Quantization::new(bits, 32, args.quantize_all)).transpose();
     let quantize = quantize.map_err(anyhow::Error::msg)?;
     let options = LoadOptions { dtype: args.dtype, quantize, ..LoadOptions::default() };
-    let model = checkpoint::load(&args.model, &open.device, &options)?;
-    let Language { data, tokenizer, end_ids } = Language::open(&args.model)?;
+    let model = checkpoint::load(&dir, &open.device, &options)?;
+    let Language { data, tokenizer, end_ids } = Language::open(&dir)?;
 
     let pools = workers(threads(args.threads))?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());

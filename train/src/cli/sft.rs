@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
+use m1_infer::cli::common::HubArgs;
 use m1_infer::template::TemplateError;
 use m1_model::config::ModelConfig;
 use serde_json::json;
@@ -50,9 +51,11 @@ stopped and resumed, with any --threads.";
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Directory of the model to begin from
-    #[arg(long, short, value_name = "DIR")]
+    /// Directory of the model to begin from, or its Hugging Face id, owner/name[@revision]
+    #[arg(long, short, value_name = "DIR|ID")]
     model: PathBuf,
+    #[command(flatten)]
+    hub: HubArgs,
     /// Conversations to learn from, a JSON object a line
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
@@ -86,7 +89,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let open = args.run.device.open()?;
     eprintln!("device: {}", open.name);
     let (out, threads) = (&args.run.out, args.run.threads());
-    let model = args.model.canonicalize().with_context(|| format!("--model {}", args.model.display()))?;
+    let model = args.hub.directory(&args.model)?;
+    let model = model.canonicalize().with_context(|| format!("--model {}", args.model.display()))?;
     let checkpoint = run::latest::<RunState<SftSource>>(out)?;
     let (mut state, mut trainer, source) = match (&checkpoint, args.run.resume) {
         (Some((folder, saved)), true) => resume(&args, &model, folder, saved, threads, &open.device)?,

@@ -1,7 +1,8 @@
 //! What `m1 bench` measures: a checkpoint, or random weights of a configuration.
 
 use crate::assets::{LoadSettings, load_model, random_model};
-use crate::cli::common::WeightArgs;
+use crate::cli::common::{HubArgs, WeightArgs};
+use crate::hub;
 use anyhow::{Context, bail, ensure};
 use m1_model::checkpoint::{CONFIG, Directory};
 use m1_model::device::OpenDevice;
@@ -39,20 +40,22 @@ impl FromStr for Layers {
 
 /// See the module.
 pub enum Subject {
-    Stored(PathBuf),
+    Stored { name: String, directory: PathBuf },
     Random { name: String, config: Box<ModelConfig> },
 }
 
 impl Subject {
-    /// From the command line. Of a checkpoint nothing is read yet.
+    /// From the command line. Of a checkpoint nothing is read yet, though it may have been fetched.
     pub fn new(
         model: Option<&Path>,
+        hub: &HubArgs,
         random: Option<&Path>,
         layers: Option<&Layers>,
         weights: &WeightArgs,
     ) -> anyhow::Result<Self> {
         let Some(random) = random else {
-            return Ok(Self::Stored(model.context("--model or --random is wanted")?.into()));
+            let model = model.context("--model or --random is wanted")?;
+            return Ok(Self::Stored { name: hub::name(model), directory: hub.directory(model)? });
         };
         let (name, config) = find(random, weights.rotary_dim)?;
         let Some(layers) = layers else {
@@ -81,7 +84,7 @@ impl Subject {
     /// Weights on their device.
     pub fn load(&self, device: &OpenDevice, settings: &LoadSettings) -> anyhow::Result<M1> {
         Ok(match self {
-            Self::Stored(directory) => load_model(directory, device, settings)?,
+            Self::Stored { directory, .. } => load_model(directory, device, settings)?,
             Self::Random { config, .. } => random_model(config, device, settings)?,
         })
     }
@@ -89,8 +92,7 @@ impl Subject {
     /// What the table calls it.
     pub fn name(&self) -> String {
         match self {
-            Self::Stored(directory) => file_name(directory),
-            Self::Random { name, .. } => name.clone(),
+            Self::Stored { name, .. } | Self::Random { name, .. } => name.clone(),
         }
     }
 
@@ -113,17 +115,12 @@ fn find(random: &Path, rotary_dim: Option<usize>) -> anyhow::Result<(String, Mod
     let directory = directory.unwrap_or(random);
     if directory.is_dir() {
         // As a checkpoint's: Hugging Face's own form too, and without a word on how its files are quantized.
-        return Ok((file_name(directory), Directory::open(directory, rotary_dim)?.config().clone()));
+        return Ok((hub::name(directory), Directory::open(directory, rotary_dim)?.config().clone()));
     }
     if random.is_file() {
-        return Ok((file_name(random), ModelConfig::from_file(random)?));
+        return Ok((hub::name(random), ModelConfig::from_file(random)?));
     }
     bail!("--random {}: expected nano, small, base, a config.json or a directory with one", random.display());
-}
-
-fn file_name(path: &Path) -> String {
-    let path = path.canonicalize().unwrap_or_else(|_| path.into());
-    path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

@@ -1,0 +1,152 @@
+"""How fast a server is: many requests at once, a first word while a long prompt is read, a second turn.
+
+    m1 serve --model DIR --port 8000 --parallel 16 &
+    python3 tests/serve/speed.py --url http://127.0.0.1:8000 [--only batch,prefill,turn]
+
+Only Python's standard library. Prompts are token ids, so that any server of the same vocabulary does the same work; ids that
+end a text are forbidden by `logit_bias`, so that each reply has its full length. One line of JSON for each figure.
+"""
+import argparse, http.client, json, random, statistics, threading, time
+from urllib.parse import urlparse
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--url", required=True)
+parser.add_argument("--only", default="batch,prefill,turn")
+parser.add_argument("--vocab", type=int, default=200, help="ids of the prompts are below this")
+parser.add_argument("--end", default="", help="ids that end a text, comma-separated: forbidden")
+parser.add_argument("--tokens", type=int, default=128, help="tokens of each reply of the batch")
+parser.add_argument("--rounds", type=int, default=3)
+a = parser.parse_args()
+where = urlparse(a.url)
+bias = {id: -100 for id in a.end.split(",") if id}
+
+
+def connect():
+    return http.client.HTTPConnection(where.hostname, where.port, timeout=600)
+
+
+def post(path, body, connection=None):
+    """The answer, whole."""
+    connection = connection or connect()
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    data = json.loads(answer.read())
+    assert answer.status == 200, data
+    return data
+
+
+def first_token(path, body):
+    """Seconds to the first event with something in it, and the usage at the end."""
+    connection = connect()
+    begin = time.perf_counter()
+    connection.request("POST", path, json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    first, usage = None, None
+    for line in answer:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                delta = choice.get("delta") or {}
+                if first is None and (choice.get("text") or delta.get("content") or delta.get("reasoning_content")):
+                    first = time.perf_counter() - begin
+    return first, usage
+
+
+def prompt(n, seed):
+    rng = random.Random(seed)
+    return [rng.randrange(10, a.vocab) for _ in range(n)]
+
+
+def completion(n, seed, tokens):
+    return {"prompt": prompt(n, seed), "max_tokens": tokens, "seed": seed, "temperature": 1, "top_p": 1, "logit_bias": bias}
+
+
+def tell(**figures):
+    print(json.dumps(figures), flush=True)
+
+
+def batch():
+    """16 requests one after another, and so many at once."""
+    rates = {}
+    for at_once in [1, 4, 16]:
+        runs = []
+        for round in range(a.rounds):
+            todo, made, lock = [completion(64, 1000 * at_once + 100 * round + i, a.tokens) for i in range(16)], [], threading.Lock()
+
+            def work():
+                connection = connect()
+                while True:
+                    with lock:
+                        if not todo:
+                            return
+                        body = todo.pop()
+                    usage = post("/v1/completions", body, connection)["usage"]
+                    with lock:
+                        made.append(usage["completion_tokens"])
+
+            begin = time.perf_counter()
+            threads = [threading.Thread(target=work) for _ in range(at_once)]
+            [t.start() for t in threads]
+            [t.join() for t in threads]
+            runs.append(sum(made) / (time.perf_counter() - begin))
+            assert made == [a.tokens] * 16, made
+        rates[at_once] = statistics.median(runs)
+        tell(test="batch", at_once=at_once, tokens_per_second=round_(rates[at_once]), against_one=round_(rates[at_once] / rates[1]))
+
+
+def prefill():
+    """First words of short requests, alone and while a prompt of 16K tokens is read."""
+    short = lambda i: first_token("/v1/completions", completion(20, i, 2))[0]
+    alone = [short(i) for i in range(40)]
+    times, took = [], 0
+    for round in range(a.rounds):
+        done = threading.Event()
+
+        def long():
+            nonlocal took
+            begin = time.perf_counter()
+            post("/v1/completions", completion(16384, 5000 + round, 1))
+            took = time.perf_counter() - begin
+            done.set()
+
+        thread = threading.Thread(target=long)
+        thread.start()
+        i = 0
+        while not done.is_set():
+            times.append(short(100 + 1000 * round + i))
+            i += 1
+            time.sleep(0.01)
+        thread.join()
+    ms = lambda values, q: round_(1000 * sorted(values)[min(len(values) - 1, int(q * len(values)))])
+    tell(test="first token", beside="nothing", requests=len(alone), p50_ms=ms(alone, 0.5), p99_ms=ms(alone, 0.99))
+    tell(test="first token", beside="a prompt of 16384 tokens", requests=len(times), p50_ms=ms(times, 0.5), p99_ms=ms(times, 0.99), prompt_s=round_(took))
+
+
+def turn():
+    """The second turn of a conversation of 8K tokens, read anew and from the cache."""
+    cold, warm = [], []
+    for round in range(a.rounds):
+        rng = random.Random(9000 + round)
+        text = " ".join(str(rng.randrange(10, 99)) for _ in range(2700))
+        ask = lambda messages: {"messages": messages, "max_tokens": 24, "temperature": 0, "logit_bias": bias}
+        first = [{"role": "user", "content": text}]
+        seconds, usage = first_token("/v1/chat/completions", ask(first))
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0, usage
+        cold.append(seconds)
+        said = post("/v1/chat/completions", ask(first))["choices"][0]["message"]
+        second = first + [{k: said.get(k) for k in ("role", "content", "reasoning_content")}, {"role": "user", "content": f"What is {round} + 25?"}]
+        seconds, usage = first_token("/v1/chat/completions", ask(second))
+        warm.append(seconds)
+        cached, tokens = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+    cold, warm = statistics.median(cold), statistics.median(warm)
+    tell(test="second turn", prompt_tokens=tokens, cached_tokens=cached, cold_ms=round_(1000 * cold), cached_ms=round_(1000 * warm), ratio=round_(cold / warm))
+
+
+def round_(x):
+    return float(f"{x:.4g}")
+
+
+for name in a.only.split(","):
+    {"batch": batch, "prefill": prefill, "turn": turn}[name]()
