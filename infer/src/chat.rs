@@ -3,13 +3,14 @@
 
 use crate::assets::Assets;
 use crate::engine::{EngineError, Finish, Session};
+use crate::prompt::{Line, PromptError, Prompter};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::stream::TextStream;
-use crate::template::{Template, TemplateError};
+use crate::template::TemplateError;
 use crate::think::NO_THINKING;
 use crate::tokenizer::TokenizerError;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 /// Why a turn can't be taken. The conversation is as it was before the turn.
@@ -24,6 +25,9 @@ pub enum ChatError {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The ids of the conversation.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
     /// The sampling settings.
     #[error(transparent)]
     Sampler(#[from] SamplerError),
@@ -89,7 +93,7 @@ pub struct Turn {
 /// A conversation with its cache.
 pub struct Chat<'a> {
     assets: &'a Assets,
-    template: Template,
+    prompter: Prompter,
     session: Session<'a>,
     sampler: Sampler,
     messages: Vec<Message>,
@@ -105,7 +109,7 @@ impl<'a> Chat<'a> {
     /// An empty conversation with the checkpoint's template, sampled as `options` say.
     pub fn new(assets: &'a Assets, options: SamplingOptions) -> Result<Self, ChatError> {
         Ok(Self {
-            template: assets.tokenizer.template()?,
+            prompter: Prompter::new(&assets.tokenizer)?,
             session: assets.engine.session(),
             sampler: assets.sampler(options)?,
             messages: Vec::new(),
@@ -225,72 +229,15 @@ impl<'a> Chat<'a> {
         Ok(Turn { text: said, finish, stats })
     }
 
-    /// The ids of the conversation up to where the model's turn begins. Replies keep the ids that were sampled, and in
-    /// what others wrote special tokens are plain text, as far as the template leaves those texts as they are.
+    /// The ids of the conversation up to where the model's turn begins.
     fn prompt(&self) -> Result<Vec<u32>, ChatError> {
-        let system = self.system.iter().map(|text| Message { role: "system".into(), content: text.clone(), ids: None });
-        let messages: Vec<Message> = system.chain(self.messages.iter().cloned()).collect();
-        let tokenizer = &self.assets.tokenizer;
-        let rendered = self.render(messages.iter().map(|m| (m, m.content.as_str())))?;
-        let mut own = Vec::new();
-        for message in &messages {
-            own.push(match &message.ids {
-                None if message.role != "assistant" => tokenizer.encode_literal(&message.content)?,
-                ids => ids.clone(),
-            });
-        }
-        let mut ids = self.assemble(&messages, &own, &rendered)?;
-        if ids.is_none() {
-            // A template that does something to the replies (leaves old thinking out, say): then their text counts.
-            for (own, _) in own.iter_mut().zip(&messages).filter(|(_, m)| m.ids.is_some()) {
-                *own = None;
-            }
-            ids = self.assemble(&messages, &own, &rendered)?;
-        }
-        let mut ids = ids.map_or_else(|| tokenizer.encode(&rendered, false), Ok)?;
-        if !self.thinking {
-            ids.extend(tokenizer.encode(NO_THINKING, false)?);
-        }
-        Ok(ids)
-    }
-
-    /// The ids of `rendered`, with those of `own` in the place of their messages; `None` if that gives another text.
-    fn assemble(
-        &self,
-        messages: &[Message],
-        own: &[Option<Vec<u32>>],
-        rendered: &str,
-    ) -> Result<Option<Vec<u32>>, ChatError> {
-        // Rendered again with a marker in place of each such message, to find where its ids belong.
-        let markers: Vec<String> = (0..messages.len()).map(|i| format!("\u{e000}message {i}\u{e001}")).collect();
-        let contents = messages.iter().zip(own).zip(&markers).map(|((m, own), marker)| {
-            let content = if own.is_some() { marker } else { &m.content };
-            (m, content.as_str())
+        let system = self.system.iter().map(|text| Line::from(json!({"role": "system", "content": text})));
+        let said = self.messages.iter().map(|Message { role, content, ids }| Line {
+            message: json!({"role": role, "content": content}),
+            ids: ids.clone(),
         });
-        let frame = self.render(contents)?;
-        let tokenizer = &self.assets.tokenizer;
-        let (mut ids, mut text, mut rest) = (Vec::new(), String::new(), frame.as_str());
-        for ((message, own), marker) in messages.iter().zip(own).zip(&markers) {
-            let Some(own) = own else { continue };
-            let Some((before, after)) = rest.split_once(marker.as_str()) else {
-                return Ok(None);
-            };
-            text += before;
-            text += &message.content;
-            ids.extend(tokenizer.encode(before, false)?);
-            ids.extend(own);
-            rest = after;
-        }
-        if text + rest != rendered {
-            return Ok(None);
-        }
-        ids.extend(tokenizer.encode(rest, false)?);
-        Ok(Some(ids))
-    }
-
-    fn render<'m>(&self, contents: impl Iterator<Item = (&'m Message, &'m str)>) -> Result<String, ChatError> {
-        let values: Vec<Value> = contents.map(|(m, content)| json!({"role": m.role, "content": content})).collect();
-        Ok(self.template.render(&values, &[], true, false)?)
+        let lines: Vec<Line> = system.chain(said).collect();
+        Ok(self.prompter.build(&self.assets.tokenizer, &lines, &[], self.thinking)?.ids)
     }
 }
 
@@ -299,6 +246,7 @@ mod tests {
     use super::*;
     use crate::engine::tests::tiny;
     use crate::generation_config::GenerationConfig;
+    use crate::template::Template;
     use crate::tokenizer::tests::byte_level;
 
     const TOKENS: [&str; 5] =
@@ -367,7 +315,7 @@ mod tests {
         assert!(assets.tokenizer.decode(&shown).contains("a<end_of_sentence>b"));
         // Also where the template alters the replies.
         let source = "{% for m in messages %}{{ m['content'] | replace('hi', 'ho') }}|{% endfor %}";
-        chat.template = Template::new(source).unwrap();
+        chat.prompter = Prompter::with_template(&assets.tokenizer, Template::new(source).unwrap());
         assert_eq!(special(&chat.prompt().unwrap()), 0);
     }
 

@@ -94,6 +94,13 @@ impl Tokenizer {
         Ok(if ids == self.encode(text, false)? { None } else { Some(ids.to_vec()) })
     }
 
+    /// The special tokens as they are written, without the tags that a reader sees.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_tokens_decoder().into_values();
+        let hidden = added.filter(|token| token.special && !VISIBLE.contains(&token.content.as_str()));
+        hidden.map(|token| token.content).collect()
+    }
+
     /// The text of `ids`, special tokens left out; invalid UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.bytes {
@@ -114,6 +121,11 @@ impl Tokenizer {
     /// The id of a token as the vocabulary writes it.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// A token as the vocabulary writes it; `None` for an id that does not exist.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// Which of `vocab` ids exist here. A model's vocabulary is padded: the rest has to be masked.

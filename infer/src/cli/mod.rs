@@ -8,6 +8,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 pub mod quantize;
+pub mod serve;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 #[command(
     name = "m1",
     version,
-    about = "MiniMax-M1 in Rust: talk to it, complete text, look at its numbers, make it smaller",
+    about = "MiniMax-M1 in Rust: talk to it, serve it, complete text, look at its numbers, make it smaller",
     after_help = "Examples:\n  m1 chat --model examples/m1-nano\n  m1 generate --model DIR --prompt 'Once upon a time' -n 64\n  m1 inspect --model DIR\n\n`m1 COMMAND --help` tells more."
 )]
 struct Cli {
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Talk to the model in its chat template, at a prompt or for one question
     Chat(chat::Args),
+    /// Serve it over OpenAI's API, many conversations at once, with a page to chat
+    Serve(serve::Args),
     /// Complete a text as it is, without the chat template
     Generate(generate::Args),
     /// Write the logits of given token ids to a safetensors file
@@ -49,6 +52,7 @@ pub fn main() -> ExitCode {
     };
     exit(match cli.command {
         Command::Chat(args) => chat::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Quantize(args) => quantize::run(args),
