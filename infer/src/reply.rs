@@ -6,7 +6,7 @@
 
 use crate::stop::StopStrings;
 use crate::stream::TextStream;
-use crate::think::{Piece, Start, ThinkSplitter};
+use crate::think::{self, Piece, Start, ThinkSplitter};
 use crate::tokenizer::Tokenizer;
 use crate::tools::{self, ToolCall, ToolEvent, ToolParser};
 use rand::{RngExt, SeedableRng};
@@ -137,14 +137,17 @@ impl Reply {
         let was_inside = self.think.is_thinking();
         let text = self.text.push(id);
         self.take(&text);
-        let deltas = std::mem::take(&mut self.deltas);
-        if deltas.iter().any(|d| matches!(d, Delta::Reasoning(_))) {
-            self.reasoning.tokens += std::mem::take(&mut self.reasoning.pending) + 1;
-        } else if was_inside && self.think.is_thinking() {
-            // A line break, half a character or half a tag: it counts if reasoning follows.
-            self.reasoning.pending += usize::from(self.reasoning.begun || text.is_empty());
+        let bytes = self.text.tokenizer().bytes(id).unwrap_or(text.as_bytes());
+        match (was_inside, self.think.is_thinking()) {
+            (true, inside) => self.reasoning.count(bytes, !inside),
+            // What follows the tag in the same id.
+            (false, true) => {
+                let rest = bytes.iter().rposition(|&b| b == b'>').map_or(bytes, |at| &bytes[at + 1..]);
+                self.reasoning.count(rest, false);
+            }
+            (false, false) => (),
         }
-        deltas
+        std::mem::take(&mut self.deltas)
     }
 
     /// What was held back, at the end of the reply, however it ended. Call it once.
@@ -161,11 +164,8 @@ impl Reply {
             self.events(events);
         }
         self.content.end(&mut self.deltas);
-        let deltas = std::mem::take(&mut self.deltas);
-        if deltas.iter().any(|d| matches!(d, Delta::Reasoning(_))) {
-            self.reasoning.tokens += self.reasoning.pending;
-        }
-        deltas
+        self.reasoning.end();
+        std::mem::take(&mut self.deltas)
     }
 
     /// Whether a stop string has come: the reply is over.
@@ -206,10 +206,15 @@ impl Reply {
 
     /// Before anything of a block is given out, all of the content before it is.
     fn begin_block(&mut self, block: Block) {
-        if self.block < block {
-            self.block = block;
-            self.content.block(&mut self.deltas);
+        if self.block >= block {
+            return;
         }
+        self.block = block;
+        if let (Block::Thought, Some(tools)) = (block, &mut self.tools) {
+            let events = tools.interrupt();
+            self.events(events);
+        }
+        self.content.block(&mut self.deltas);
     }
 
     fn pieces(&mut self, pieces: Vec<Piece>) {
@@ -259,11 +264,66 @@ impl Reply {
 struct Reasoning {
     begun: bool,
     breaks: String,
+    /// Ids that are of the reasoning for certain.
     tokens: usize,
-    pending: usize,
+    /// The bytes after them (and those of their last bytes that belong to the same tag): line breaks, and what may be
+    /// the closing tag.
+    tail: Vec<u8>,
+    /// Where in `tail` each further id begins.
+    pending: Vec<usize>,
 }
 
 impl Reasoning {
+    /// Counts an id inside the block, one that closes it included. Bytes are looked at, not text: half a character is
+    /// an id of the reasoning too.
+    fn count(&mut self, bytes: &[u8], closes: bool) {
+        const CLOSE: &[u8] = think::CLOSE.as_bytes();
+        if bytes.is_empty() {
+            return;
+        }
+        self.pending.push(self.tail.len());
+        self.tail.extend_from_slice(bytes);
+        if self.tokens == 0 {
+            // Line breaks at the beginning.
+            self.drop(self.tail.iter().take_while(|&&b| b == b'\n').count());
+            if self.tail.is_empty() {
+                self.pending.clear();
+            }
+        }
+        if closes {
+            let at = self.tail.windows(CLOSE.len()).position(|window| window == CLOSE);
+            self.tail.truncate(at.unwrap_or(0));
+            return self.end();
+        }
+        let possible = |from: &usize| {
+            let rest = &self.tail[*from..];
+            CLOSE.starts_with(&rest[rest.iter().take_while(|&&b| b == b'\n').count()..])
+        };
+        let certain = (0..self.tail.len()).find(possible).unwrap_or(self.tail.len());
+        self.settle(certain);
+        self.drop(certain);
+    }
+
+    /// The ids that begin before `at` in the tail are of the reasoning.
+    fn settle(&mut self, at: usize) {
+        let before = self.pending.len();
+        self.pending.retain(|&start| start >= at);
+        self.tokens += before - self.pending.len();
+    }
+
+    /// Drops the first `n` bytes of the tail.
+    fn drop(&mut self, n: usize) {
+        self.tail.drain(..n);
+        self.pending.iter_mut().for_each(|start| *start = start.saturating_sub(n));
+    }
+
+    /// The block ends, with the tail's end; line breaks before that are not of the reasoning.
+    fn end(&mut self) {
+        let breaks = self.tail.iter().rev().take_while(|&&b| b == b'\n').count();
+        self.settle(self.tail.len() - breaks);
+        self.pending.clear();
+    }
+
     fn push(&mut self, text: &str, deltas: &mut Vec<Delta>) {
         let text = if self.begun { text } else { text.trim_start_matches('\n') };
         self.begun |= !text.is_empty();

@@ -59,6 +59,11 @@ impl<T: Deref<Target = Tokenizer>> TextStream<T> {
         Self { tokenizer, utf8: Utf8Stream::default(), ids: Vec::new(), shown: String::new() }
     }
 
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// Takes an id and returns the text that it completes, which may be empty.
     pub fn push(&mut self, id: u32) -> String {
         if let Some(bytes) = self.tokenizer.bytes(id) {

@@ -139,7 +139,7 @@ impl Grammars {
     }
 
     /// JSON that satisfies `schema`, properties in the schema's order. A schema with a keyword that can't be honoured
-    /// is refused.
+    /// is refused. Numbers are JSON's: as long as the model likes, and not all of them doubles.
     pub fn json_schema(&self, schema: &Value) -> Result<Grammar, GuideError> {
         let refused = |e| GuideError(format!("the JSON schema can't be used: {e}"));
         let schema = with_options(schema, BLANKS, false).map_err(refused)?;

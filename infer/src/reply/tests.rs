@@ -1,5 +1,5 @@
 use super::*;
-use crate::think::{self, NO_THINKING};
+use crate::think::NO_THINKING;
 use crate::tokenizer::tests::byte_level;
 use std::path::Path;
 
@@ -89,6 +89,36 @@ fn by_definition(text: &str, start: Start, tools: bool) -> (Option<String>, Stri
             (reasoning, content + &trim(&outside[before.len()..], true), calls)
         }
     }
+}
+
+/// How many ids have a byte in the reasoning.
+fn ids_of_reasoning(tokenizer: &Tokenizer, ids: &[u32], start: Start, tools: bool) -> usize {
+    let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.bytes(id).unwrap()).copied().collect();
+    let find =
+        |tag: &str, from: usize| Some(from + bytes[from..].windows(tag.len()).position(|w| w == tag.as_bytes())?);
+    let mut begin = match start {
+        Start::After => return 0,
+        Start::Inside => 0,
+        Start::Before => match (find(think::OPEN, 0), find(tools::OPEN, 0)) {
+            (None, _) => return 0,
+            (Some(at), Some(calls)) if tools && calls < at => return 0,
+            (Some(at), _) => at + think::OPEN.len(),
+        },
+    };
+    let mut end = find(think::CLOSE, begin).unwrap_or(bytes.len());
+    while begin < end && bytes[begin] == b'\n' {
+        begin += 1;
+    }
+    while begin < end && bytes[end - 1] == b'\n' {
+        end -= 1;
+    }
+    let mut at = 0;
+    let inside = |&&id: &&u32| {
+        let from = at;
+        at += tokenizer.bytes(id).unwrap().len();
+        from < end && at > begin && from < at
+    };
+    ids.iter().filter(inside).count()
 }
 
 const USUAL: &str = "<think>\nI need it.\n\nSo: <tool_calls>?\n</think>\n\nLet me look.\n<tool_calls>\n\
@@ -299,6 +329,9 @@ fn fuzz_over_tokens() {
                 assert_eq!((&found.reasoning, &found.content), (&reasoning, &content), "{text:?}");
                 let pairs: Vec<_> = found.calls.iter().map(|c| (c.name.clone(), c.arguments.clone())).collect();
                 assert_eq!(pairs, calls, "{text:?}");
+            }
+            if !reply.stopped() {
+                assert_eq!(reply.reasoning_tokens(), ids_of_reasoning(&tokenizer, &ids, start, tools), "{text:?}");
             }
             reasoned += usize::from(found.reasoning.is_some());
             called += usize::from(!found.calls.is_empty());

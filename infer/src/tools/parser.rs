@@ -139,6 +139,13 @@ impl ToolParser {
         std::mem::take(&mut self.events)
     }
 
+    /// Something else comes between: what was held back begins no tag.
+    pub(crate) fn interrupt(&mut self) -> Vec<ToolEvent> {
+        let held = std::mem::take(&mut self.held);
+        self.text(&held);
+        std::mem::take(&mut self.events)
+    }
+
     /// Whether the text so far ends inside the block.
     pub fn in_block(&self) -> bool {
         matches!(self.state, State::Inside(_))

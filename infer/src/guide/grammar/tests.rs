@@ -107,6 +107,26 @@ pub(crate) fn satisfies(value: &Value, schema: &Value) -> bool {
     check(value, schema, root)
 }
 
+/// JSON's numbers have no bounds; those of serde_json do.
+fn short_exponents(text: &str) -> String {
+    let (mut short, mut in_string, mut exponent) = (String::new(), false, 0);
+    for c in text.chars() {
+        if c == '"' && (short.len() - short.trim_end_matches('\\').len()) % 2 == 0 {
+            in_string = !in_string;
+        }
+        exponent = match c {
+            'e' | 'E' if !in_string && short.ends_with(|last: char| last.is_ascii_digit()) => 1,
+            '+' | '-' if exponent == 1 => 1,
+            '0'..='9' if exponent > 0 => exponent + 1,
+            _ => 0,
+        };
+        if exponent < 3 {
+            short.push(c);
+        }
+    }
+    short
+}
+
 fn closed(properties: Value, required: Value) -> Value {
     json!({"type": "object", "properties": properties, "required": required, "additionalProperties": false})
 }
@@ -141,11 +161,11 @@ fn whatever_is_drawn_is_json_of_the_schema() {
             let mut different = std::collections::HashSet::new();
             for seed in 0..60 {
                 let (_, text) = draw(&mut fresh.clone(), &tokenizer, end, seed * 31 + i as u64);
-                let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+                let value = serde_json::from_str(&short_exponents(&text)).unwrap_or_else(|e| panic!("{e}: {text}"));
                 assert!(satisfies(&value, schema), "{text} is not {schema}");
                 // Blanks are bounded, at the ends there are none.
                 let plain = text.replace("\\\\", "").replace("\\\"", "");
-                let outside: String = plain.split('"').step_by(2).collect();
+                let outside = plain.split('"').step_by(2).collect::<Vec<_>>().join("\"\"");
                 assert!(!outside.contains("  \n") && !outside.contains("\n\n") && text.trim() == text, "{text:?}");
                 assert!(!outside.contains(&" ".repeat(17)) && !outside.contains(['\t', '\r']), "{text:?}");
                 different.insert(text);

@@ -210,7 +210,9 @@ fn fuzz_against_the_definition() {
     let (mut with_calls, mut compared) = (0, 0);
     for _ in 0..20_000 {
         let n = rng.random_range(1..14);
-        let parts: Vec<&str> = (0..n).map(|_| PIECES[rng.random_range(0..PIECES.len())]).collect();
+        let open = rng.random_bool(0.5).then_some(OPEN);
+        let pieces = (0..n).map(|_| PIECES[rng.random_range(0..PIECES.len())]);
+        let parts: Vec<&str> = open.into_iter().chain(pieces).collect();
         let text = parts.concat();
         let whole = run(&[&text]);
         assert_eq!(run(&parts), whole, "{parts:?}");
@@ -234,7 +236,7 @@ fn fuzz_against_the_definition() {
             assert_eq!((outside, plain), by_lines(&text), "{text:?}");
         }
     }
-    assert!(with_calls > 1000 && compared > 10_000, "{with_calls} {compared}");
+    assert!(with_calls > 500 && compared > 10_000, "{with_calls} {compared}");
 }
 
 /// Whether a line may hold a key of the outer object twice, which serde_json takes and the parser does not.
