@@ -258,7 +258,7 @@ impl<'a> Marks<'a> {
 
     /// Whether the end of `text` is not inside a mark.
     fn outside(&self, text: &str) -> bool {
-        text.matches(self.sign).count() % 2 == 0
+        text.matches(self.sign).count().is_multiple_of(2)
     }
 
     /// The parts of a rendered text.

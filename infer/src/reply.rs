@@ -178,6 +178,11 @@ impl Reply {
         self.called
     }
 
+    /// Whether the reply stands inside a block of thought.
+    pub fn is_thinking(&self) -> bool {
+        self.think.is_thinking()
+    }
+
     /// Ids of the reasoning so far, without its tags and the line breaks beside them.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning.tokens

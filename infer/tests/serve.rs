@@ -183,9 +183,12 @@ fn log_probabilities_belong_to_the_text() {
     let choice = &answer["choices"][0];
     let list = choice["logprobs"]["content"].as_array().unwrap();
     assert_eq!(list.len(), 30);
-    let bytes = list.iter().flat_map(|token| token["bytes"].as_array().into_iter().flatten());
-    let bytes: Vec<u8> = bytes.map(|byte| byte.as_u64().unwrap() as u8).collect();
-    let said = String::from_utf8_lossy(&bytes).into_owned();
+    let text = |list: &[Value]| {
+        let bytes = list.iter().flat_map(|token| token["bytes"].as_array().into_iter().flatten());
+        let bytes: Vec<u8> = bytes.map(|byte| byte.as_u64().unwrap() as u8).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let said = text(list);
     // Line breaks at the ends belong to no part of a reply.
     assert_eq!(said.trim_matches('\n'), choice["message"]["content"].as_str().unwrap().trim_matches('\n'));
     for token in list {
@@ -199,6 +202,14 @@ fn log_probabilities_belong_to_the_text() {
     let without = tiny.chat(&ask("上海", 30, json!({"thinking": {"type": "disabled"}})));
     assert_eq!(without["choices"][0]["message"], choice["message"]);
     assert_eq!(without["choices"][0]["logprobs"], Value::Null);
+    // Thinking has a list of its own; the tags stand in the other.
+    let nano = nano();
+    let answer = nano.chat(&ask("What is 17 + 25?", 300, json!({"logprobs": true})));
+    let choice = &answer["choices"][0];
+    let [thought, said] = ["reasoning_content", "content"].map(|key| choice["logprobs"][key].as_array().unwrap());
+    assert_eq!(text(thought).trim_matches('\n'), choice["message"]["reasoning_content"].as_str().unwrap());
+    let content = choice["message"]["content"].as_str().unwrap();
+    assert_eq!(text(said).replace("<think>", "").replace("</think>", "").trim_matches('\n'), content);
 }
 
 #[test]

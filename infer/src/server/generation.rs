@@ -67,6 +67,11 @@ impl Voice {
         matches!(self, Self::Chat(reply) if reply.called_tools())
     }
 
+    /// Whether the last id leaves us inside a block of thought.
+    fn is_thinking(&self) -> bool {
+        matches!(self, Self::Chat(reply) if reply.is_thinking())
+    }
+
     fn reasoning_tokens(&self) -> usize {
         if let Self::Chat(reply) = self { reply.reasoning_tokens() } else { 0 }
     }
@@ -253,9 +258,10 @@ impl Generation {
                 if self.end_ids.contains(&token.id) {
                     return Ok(None); // that it has finished comes next
                 }
-                let thought = answer.voice.reasoning_tokens();
+                let (inside, thought) = (answer.voice.is_thinking(), answer.voice.reasoning_tokens());
                 let mut deltas = answer.voice.push(token.id);
-                let thinking = answer.voice.reasoning_tokens() > thought;
+                // A line break is counted when it is clear that thinking goes on, but it is here that it was drawn.
+                let thinking = inside && answer.voice.is_thinking() || answer.voice.reasoning_tokens() > thought;
                 let scored = Some((Scored::new(&token, top), thinking));
                 let mut reason = None;
                 if answer.voice.stopped() {
