@@ -92,7 +92,8 @@ if wants page && [ -e page.py ]; then
 fi
 if wants load; then
   echo "== under load"
-  start --cache-memory 16MiB --shutdown-timeout 3
+  # Small limits: the cache must drop what it has, and what bodies took does not hide a leak.
+  start --cache-memory 16MiB --max-body 1MiB --shutdown-timeout 3
   timeout "${minutes}m" "$python" load.py --url "$url" --pid "$server" --seconds "$seconds" --streams 64 --term || fail "load.py"
   status
 fi
