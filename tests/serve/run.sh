@@ -39,6 +39,11 @@ failed=0
 fail() { echo "FAIL  $*"; failed=1; }
 wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 
+# Whether the model is loaded.
+is_ready() {
+  "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/health", timeout=5)' "$url" 2>/dev/null
+}
+
 # start FLAGS: a server on a free port; its process in $server, its address in $url.
 start() {
   "$M1" serve --model "$model" --port 0 --device cpu "$@" >"$work/out" 2>"$work/log" &
@@ -46,7 +51,7 @@ start() {
   url=
   for _ in $(seq 600); do
     url=$(grep -ohE 'http://127\.0\.0\.1:[0-9]+' "$work/out" "$work/log" | head -1)
-    [ -n "$url" ] && curl -sf "$url/health" >/dev/null && return
+    [ -n "$url" ] && is_ready && return
     kill -0 "$server" 2>/dev/null || break
     sleep 0.1
   done
@@ -87,7 +92,8 @@ if wants page && [ -e page.py ]; then
 fi
 if wants load; then
   echo "== under load"
-  start --cache-memory 16MiB --shutdown-timeout 3
+  # Small limits: the cache must drop what it has, and what bodies took does not hide a leak.
+  start --cache-memory 16MiB --max-body 1MiB --shutdown-timeout 3
   timeout "${minutes}m" "$python" load.py --url "$url" --pid "$server" --seconds "$seconds" --streams 64 --term || fail "load.py"
   status
 fi
