@@ -28,9 +28,8 @@ fn serve(args: Args) -> anyhow::Result<()> {
     let settings = Settings { port: args.port, ..Settings::default() };
     let rows = settings.parallel;
     // Eight replies at once, and 256 MiB for the beginnings of conversations.
-    let limits = move |assets: &Assets| {
-        SchedulerSettings::new(BatchSettings::new(rows, assets.engine.context()), 256 << 20)
-    };
+    let limits =
+        move |assets: &Assets| SchedulerSettings::new(BatchSettings::new(rows, assets.engine.context()), 256 << 20);
     let load = move || {
         let device = args.device.open()?;
         eprintln!("device: {}", device.name);

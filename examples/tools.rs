@@ -38,10 +38,10 @@ fn round_trip(args: Args) -> anyhow::Result<()> {
     let number = json!({"type": "integer", "minimum": 0, "maximum": 99});
     let tools = json!([{"type": "function", "function": {
         "name": "add", "description": "Adds two numbers",
-        "parameters": {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"]},
+        "parameters": {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"], "additionalProperties": false},
     }}]);
     let mut messages = vec![json!({"role": "user", "content": args.prompt})];
-    let ask = json!({"messages": messages, "tools": tools, "tool_choice": "required", "temperature": 0,
+    let ask = json!({"messages": messages, "tools": tools, "tool_choice": "required", "parallel_tool_calls": false, "temperature": 0,
         "thinking": {"type": "disabled"}});
     let said = post(&address, "/v1/chat/completions", &ask)?["choices"][0]["message"].take();
     messages.push(said.clone());
@@ -52,7 +52,8 @@ fn round_trip(args: Args) -> anyhow::Result<()> {
         println!("{}({arguments}) = {result}", function["name"].as_str().unwrap_or("?"));
         messages.push(json!({"role": "tool", "tool_call_id": call["id"], "content": result.to_string()}));
     }
-    let answer = json!({"messages": messages, "tools": tools, "tool_choice": "none", "max_tokens": 200, "temperature": 0});
+    let answer =
+        json!({"messages": messages, "tools": tools, "tool_choice": "none", "max_tokens": 200, "temperature": 0});
     let answer = post(&address, "/v1/chat/completions", &answer)?;
     println!("{}", answer["choices"][0]["message"]["content"].as_str().unwrap_or("").trim());
     Ok(())

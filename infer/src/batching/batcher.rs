@@ -170,6 +170,17 @@ impl<'a> Batcher<'a> {
         self.cache.row_bytes(self.model.config(), request.longest(self.settings.context))
     }
 
+    /// The most tokens, up to the context, whose cache takes no more than `bytes`.
+    pub fn longest_in(&self, bytes: u64) -> usize {
+        let fits = |tokens: usize| self.cache.row_bytes(self.model.config(), tokens) <= bytes;
+        let (mut low, mut high) = (0, self.settings.context);
+        while low < high {
+            let middle = low + (high - low).div_ceil(2);
+            (low, high) = if fits(middle) { (middle, high) } else { (low, middle - 1) };
+        }
+        low
+    }
+
     /// Whether `request` would start in the next step, beside those that wait already.
     pub fn has_room(&self, request: &Request) -> bool {
         let promised = self.waiting.iter().map(|(_, request)| self.needed(request)).sum::<u64>();

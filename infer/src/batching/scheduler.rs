@@ -19,6 +19,9 @@ use std::sync::Arc;
 /// Ends of turns of a prompt at which snapshots are taken, counted from its end.
 const TURNS: usize = 2;
 
+/// Tokens that a reply without a limit of its own may have however long its prompt is, if the memory holds them at all.
+const LEAST_REPLY: usize = 1024;
+
 /// The limits of a scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
@@ -160,6 +163,7 @@ impl<'a> Scheduler<'a> {
         if choices.is_empty() {
             return Err(EngineError::Empty);
         }
+        let max_new = max_new.or_else(|| self.room(prompt.len()));
         let Choice { sampler, guide } = choices.remove(0);
         let leader = Request { guide, top_log_probs, ..Request::new(prompt, sampler, end_ids, max_new) };
         self.batcher.check(&leader)?;
@@ -167,6 +171,16 @@ impl<'a> Scheduler<'a> {
         self.ids += 1;
         self.queue.push_back(Queued { id, leader, turns, followers: choices });
         Ok(id)
+    }
+
+    /// How much a reply without a limit of its own may say where memory is limited: what its row's share of the memory
+    /// holds, or a little more than a long prompt. So it leaves room for others, and is not refused for what it might say.
+    fn room(&self, prompt: usize) -> Option<usize> {
+        let BatchSettings { memory, rows, .. } = self.settings.batch;
+        let memory = memory?;
+        let share = self.batcher.longest_in(memory / rows.max(1) as u64);
+        let least = (prompt + LEAST_REPLY).min(self.batcher.longest_in(memory));
+        Some(share.max(least).saturating_sub(prompt).max(1))
     }
 
     /// Drops a job; nothing more is told of it. What was read of it stays in the cache.
@@ -550,6 +564,45 @@ mod tests {
             let (got, wanted) = (run(&mut scheduler, ask()), alone(&engine, ask()));
             assert_eq!((got.cached, got.drawn), (384, wanted.drawn));
         }
+    }
+
+    /// A reply without a limit gets its row's share of the memory, so that others fit beside it; one that says how much it
+    /// wants is held to it, and refused if that is more than there is.
+    #[test]
+    fn replies_without_a_limit_share_the_memory() {
+        let engine = tiny(VOCAB, CONTEXT);
+        let free = Scheduler::new(engine.model(), settings(2, 0, true));
+        let row = |tokens| {
+            free.batcher.needed(&Request::new(text(tokens, 1), choice(1, 0.0).sampler, Arc::default(), Some(0)))
+        };
+        assert_eq!((free.batcher.longest_in(row(256)), free.batcher.longest_in(row(256) - 1)), (256, 0));
+        assert_eq!((free.batcher.longest_in(u64::MAX), free.room(10)), (CONTEXT, None));
+        let mut limited = settings(2, 0, true);
+        limited.batch.memory = Some(2 * row(1280));
+        let mut scheduler = Scheduler::new(engine.model(), limited);
+        let unlimited = |n| Job { max_new: None, ..job(text(n, 1), vec![], vec![choice(1, 0.0)], 0) };
+        let jobs = [0, 1].map(|_| scheduler.submit(unlimited(1200)).unwrap());
+        let mut drawn = [0, 0];
+        let mut most = 0;
+        while !scheduler.is_idle() {
+            for (id, update) in scheduler.step().unwrap() {
+                let job = jobs.iter().position(|&job| job == id).unwrap();
+                drawn[job] += usize::from(matches!(update, Update::Drawn { .. }));
+            }
+            most = most.max(scheduler.active());
+        }
+        assert_eq!((most, drawn), (1, [300, 300]), "what little a long prompt may say goes beyond the share");
+        let jobs = [0, 1].map(|_| scheduler.submit(unlimited(10)).unwrap());
+        scheduler.step().unwrap();
+        assert_eq!(scheduler.active(), 2);
+        jobs.into_iter().for_each(|job| scheduler.cancel(job));
+
+        limited.batch.memory = Some(row(256));
+        let mut scheduler = Scheduler::new(engine.model(), limited);
+        assert!(scheduler.submit(unlimited(250)).is_ok());
+        assert!(matches!(scheduler.submit(unlimited(256)), Err(EngineError::Memory { .. })));
+        let asked = job(text(40, 1), vec![], vec![choice(1, 0.0)], 1000);
+        assert!(matches!(scheduler.submit(asked), Err(EngineError::Memory { .. })));
     }
 
     #[test]

@@ -5,6 +5,8 @@ use crate::batching::{BatchSettings, SchedulerSettings};
 use crate::server;
 use crate::server::state::Settings;
 use anyhow::bail;
+use burn::tensor::Tensor;
+use m1_kernels::base::on_cpu;
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
@@ -50,7 +52,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prefill_tokens: u32,
     /// What the caches of replies under way may hold, each counted at its longest: without room a request waits, and one
-    /// that would never fit is refused [default: no limit]
+    /// that would never fit is refused [default: on the CPU three quarters of what is free when the model is loaded, less
+    /// the prefix cache; elsewhere no limit]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     memory: Option<u64>,
     /// What the prefix cache may hold, as 512MiB or 4GiB; 0 keeps nothing
@@ -125,11 +128,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (rows, prefill_tokens) = (usize::from(args.parallel), args.prefill_tokens as usize);
     let (memory, cache_bytes, exact_cache) = (args.memory, args.cache_memory, args.exact_cache);
     let worker = move |assets: &crate::Assets| {
+        let on_cpu = on_cpu(&Tensor::<1>::zeros([1], &assets.engine.device()));
+        let free = || free_memory().filter(|_| on_cpu).map(|free| (free / 4 * 3).saturating_sub(cache_bytes));
+        let memory = memory.or_else(free);
         let batch = BatchSettings { prefill_tokens, memory, ..BatchSettings::new(rows, assets.engine.context()) };
         SchedulerSettings { exact_cache, ..SchedulerSettings::new(batch, cache_bytes) }
     };
     let (model, context) = (args.model, args.context);
     server::run(settings, worker, move || model.load(context))
+}
+
+/// Bytes that programs may still take, where the system says so (Linux).
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 /// Log lines to standard error.
