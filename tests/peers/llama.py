@@ -1,12 +1,13 @@
 """Measures llama.cpp, or writes its logits, through the prebuilt library of npm's @node-llama-cpp/linux-x64.
 
     python llama.py bench  LIBRARIES models/small-q8_0.gguf 'pp512,tg128 @ d4096' --repetitions 3
+    python llama.py batch  LIBRARIES models/nano-bf16.gguf 1,4,16 --repetitions 3
     python llama.py logits LIBRARIES models/nano-f32.gguf ids.json logits.npy
 
 As llama-bench does it: f16 keys and values, flash attention as llama.cpp chooses, micro-batches of 512, a thread pool that
 stays. The structures are those of the version that package.json pins; its own defaults are checked before use.
 """
-import argparse, ctypes, glob, json, os, re
+import argparse, ctypes, glob, json, os, re, time
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int32, c_int8, c_size_t, c_uint32, c_void_p
 
 import numpy as np
@@ -99,8 +100,8 @@ class Llama:
         if level >= 4:
             print(text, end="", flush=True)
 
-    def open(self, n_ctx, flash=-1, kv=1):
-        """An empty context of so many tokens."""
+    def open(self, n_ctx, flash=-1, kv=1, sequences=1):
+        """An empty context of so many tokens, for so many sequences."""
         lib = self.lib
         if self.context:
             lib.llama_free(self.context)
@@ -108,7 +109,7 @@ class Llama:
         seen = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.flash_attn, params.type_k, params.type_v, params.offload_kqv)
         assert seen == (512, 2048, 512, 4, -1, 1, 1, True), seen
         params.n_ctx, params.n_threads, params.n_threads_batch = n_ctx, self.threads, self.threads
-        params.flash_attn, params.type_k, params.type_v = flash, kv, kv
+        params.flash_attn, params.type_k, params.type_v, params.n_seq_max = flash, kv, kv, sequences
         self.context = lib.llama_init_from_model(self.model, params)
         assert self.context, "no context"
         lib.llama_attach_threadpool(self.context, self.pool, None)
@@ -170,6 +171,30 @@ def bench(a):
     emit(about, measure(Engine(), a.tests, a.repetitions))
 
 
+def batch(a):
+    """16 texts of 64 + 128 tokens, so many at once, as tests/serve/speed.py asks a server for them: tokens written a second."""
+    llama = Llama(a.libraries, a.model, a.threads)
+    rng = np.random.default_rng(1)
+
+    def together(n):
+        llama.open(n * 256, sequences=n)
+        begin = time.perf_counter()
+        for position, tokens in [(0, 64)] + [(64 + i, 1) for i in range(127)]:
+            b, ids = llama.batch, rng.integers(0, llama.vocab, n * tokens)
+            b.n_tokens = len(ids)
+            for i, id in enumerate(ids):
+                b.token[i], b.pos[i], b.n_seq_id[i] = int(id), position + i % tokens, 1
+                b.seq_id[i][0] = i // tokens
+                b.logits[i] = i % tokens == tokens - 1
+            assert llama.lib.llama_decode(llama.context, b) == 0
+            llama.lib.llama_synchronize(llama.context)
+        return time.perf_counter() - begin
+
+    for n in map(int, a.tests.split(",")):
+        rates = [16 * 128 / sum(together(n) for _ in range(16 // n)) for _ in range(a.repetitions)]
+        print(json.dumps({"engine": f"llama.cpp {llama.version}", "model": os.path.basename(a.model), "at_once": n, "tokens_per_second": round(np.median(rates), 1)}))
+
+
 def logits(a):
     llama = Llama(a.libraries, a.model, a.threads)
     ids = json.load(open(a.tests))[0]
@@ -178,7 +203,7 @@ def logits(a):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("what", choices=["bench", "logits"])
+parser.add_argument("what", choices=["bench", "batch", "logits"])
 parser.add_argument("libraries")
 parser.add_argument("model")
 parser.add_argument("tests")
@@ -186,4 +211,4 @@ parser.add_argument("out", nargs="?")
 parser.add_argument("--repetitions", type=int, default=3)
 parser.add_argument("--threads", type=int, default=os.cpu_count())
 a = parser.parse_args()
-{"bench": bench, "logits": logits}[a.what](a)
+{"bench": bench, "batch": batch, "logits": logits}[a.what](a)
