@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study: CISPO against DAPO, GRPO and REINFORCE from m1-nano, same problems, budget and updates, three seeds each.
+# The study: CISPO against DAPO, GRPO and REINFORCE from m1-nano as it was before its own reinforcement learning (start/), same problems, budget and updates, three seeds each.
 #   train/studies/cispo/run.sh [FOLDER]     FOLDER: where the runs go, runs/study-cispo by default
 # Stop it when you like: the same command skips what is finished and resumes what is not. The arms take turns, so that a
 # study that is cut short has as many seeds of each.
@@ -18,7 +18,7 @@ for seed in 1 2 3; do
     if [ -d "$out/checkpoints" ]; then
       "$train" cispo --out "$out" --resume
     else
-      "$train" cispo --model "$here/../../../examples/m1-nano" --out "$out" --config "$here/study.toml" \
+      "$train" cispo --model "$here/start" --out "$out" --config "$here/study.toml" \
         --seed "$seed" --set "loss.algorithm=\"$arm\"" --set "name=\"$arm\""
     fi
   done
