@@ -375,6 +375,72 @@ mod tests {
         assert!(got.turns.windows(2).all(|w| w[0] < w[1]) && got.turns.len() >= 4, "{:?}", got.turns);
     }
 
+    /// Conversations of every shape whose texts are made of what could be taken for something else: pieces of special
+    /// tokens, of the template's syntax, of our own marks. The ids spell the rendered text, and have no more special tokens
+    /// than the same conversation with harmless texts.
+    #[test]
+    fn whatever_is_said_is_text() {
+        use rand::{RngExt, SeedableRng};
+        const PARTS: [&str; 24] = [
+            "<end_of_sentence>",
+            "<beginning_of_sentence>",
+            "<begin_of_document>",
+            "<end_of_",
+            "sentence>",
+            "<",
+            ">",
+            "</think>",
+            "<tool_calls>",
+            "{{ messages }}",
+            "{% for m in messages %}",
+            "{#",
+            "%}",
+            "\u{e000}",
+            "\u{e001}",
+            "\u{e000}s0\u{e000}",
+            "s0",
+            "0",
+            "\n",
+            " ",
+            "上海",
+            "😀",
+            "\"",
+            "\\",
+        ];
+        let (tokenizer, prompter) = prompter(M1);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(11);
+        let mut text = |most: usize| -> String {
+            (0..rng.random_range(0..=most)).map(|_| PARTS[rng.random_range(0..PARTS.len())]).collect()
+        };
+        let special = |id: &u32| TOKENS.get((*id as usize).wrapping_sub(256)).map(|t| t.as_bytes().to_vec());
+        let spelt = |ids: &[u32]| -> Vec<u8> {
+            ids.iter().flat_map(|id| special(id).unwrap_or_else(|| vec![*id as u8])).collect()
+        };
+        let specials = |ids: &[u32]| ids.iter().filter(|&&id| (256..259).contains(&id)).count();
+        for round in 0..600 {
+            let shape: Vec<usize> = (0..1 + round % 6).map(|i| (round / 6 + i * (round % 5)) % 4).collect();
+            let conversation = |text: &mut dyn FnMut() -> String| -> (Vec<Value>, Vec<Value>) {
+                let message = |&role: &usize| match role {
+                    3 => json!({"role": "tool", "content": [{"type": "text", "name": text(), "text": text()}]}),
+                    role => json!({"role": ["user", "assistant", "system"][role], "content": text()}),
+                };
+                let messages = shape.iter().map(message).collect();
+                let tools = if round % 3 == 0 { vec![json!({"name": text(), "description": text()})] } else { vec![] };
+                (messages, tools)
+            };
+            // A system prompt of nothing is left out by the template: every text has something.
+            let (messages, tools) = conversation(&mut || format!("x{}", text(9)));
+            let (plain, plain_tools) = conversation(&mut || "x".to_string());
+            let lines = |messages: &[Value]| messages.iter().cloned().map(Line::from).collect::<Vec<_>>();
+            let got = prompter.build(&tokenizer, &lines(&messages), &tools, true).unwrap();
+            let harmless = prompter.build(&tokenizer, &lines(&plain), &plain_tools, true).unwrap();
+            let rendered = prompter.template.render(&messages, &tools, true, false).unwrap();
+            assert_eq!(specials(&got.ids), specials(&harmless.ids), "{messages:?} {tools:?}");
+            assert_eq!(spelt(&got.ids), spelt(&tokenizer.encode(&rendered, false).unwrap()), "{messages:?} {tools:?}");
+            assert!(got.turns.is_sorted() && got.turns.last() == Some(&got.ids.len()));
+        }
+    }
+
     #[test]
     fn ids_of_replies_are_kept_unless_the_template_alters_them() {
         let line = |ids: &[u32]| Line { message: json!({"role": "assistant", "content": "hi"}), ids: Some(ids.into()) };

@@ -86,12 +86,26 @@ pub struct EngineHandle {
 /// If no thread can be started.
 pub fn spawn(assets: Arc<Assets>, settings: WorkerSettings) -> std::io::Result<EngineHandle> {
     let (commands, jobs) = mpsc::channel();
-    let handle = EngineHandle { commands, coming: Arc::default(), stats: Arc::default(), limit: settings.queue };
+    let handle = EngineHandle { commands, coming: Arc::default(), stats: Arc::default(), limit: settings.queue.max(1) };
     let (coming, stats) = (handle.coming.clone(), handle.stats.clone());
     std::thread::Builder::new().name("engine".into()).spawn(move || {
         let mut worker = Worker { jobs, coming, stats, figures: WorkerStats::default(), running: HashMap::new() };
-        // A scheduler that a panic went through is not to be trusted: a new one takes its place.
-        while let End::Panicked = worker.run(Scheduler::new(assets.engine.model(), settings.scheduler)) {}
+        loop {
+            // A scheduler that a panic went through is not to be trusted: a new one takes its place.
+            let scheduler = Scheduler::new(assets.engine.model(), settings.scheduler);
+            let error = match catch_unwind(AssertUnwindSafe(|| worker.run(scheduler))) {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => error,
+                Err(panic) => {
+                    worker.figures.panics += 1;
+                    let text = (panic.downcast_ref::<String>().map(String::as_str))
+                        .or_else(|| panic.downcast_ref::<&str>().copied());
+                    EngineError::Device(format!("the engine panicked: {}", text.unwrap_or("no message")))
+                }
+            };
+            tracing::error!(%error, "the engine failed");
+            worker.fail_all(&error);
+        }
     })?;
     Ok(handle)
 }
@@ -104,7 +118,7 @@ impl EngineHandle {
     /// When too many wait, or the engine has ended.
     pub fn submit(&self, job: Job) -> Result<UnboundedReceiver<Update>, SubmitError> {
         let waiting = self.stats().waiting + self.coming.fetch_add(1, Ordering::SeqCst);
-        if waiting > self.limit {
+        if waiting >= self.limit {
             self.coming.fetch_sub(1, Ordering::SeqCst);
             return Err(SubmitError::Full { waiting, limit: self.limit });
         }
@@ -124,12 +138,6 @@ impl EngineHandle {
     }
 }
 
-/// Why the loop ended.
-enum End {
-    Stopped,
-    Panicked,
-}
-
 /// A job's listener.
 struct Listener {
     updates: UnboundedSender<Update>,
@@ -146,11 +154,15 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(&mut self, mut scheduler: Scheduler<'_>) -> End {
+    /// Runs jobs until it is told to stop.
+    ///
+    /// # Errors
+    /// When the engine can't go on; a panic goes through.
+    fn run(&mut self, mut scheduler: Scheduler<'_>) -> Result<(), EngineError> {
         loop {
             self.publish(&scheduler);
             if !self.take_jobs(&mut scheduler) {
-                return End::Stopped;
+                return Ok(());
             }
             let gone: Vec<JobId> = self.running.iter().filter(|r| r.1.updates.is_closed()).map(|r| *r.0).collect();
             for id in gone {
@@ -158,26 +170,9 @@ impl Worker {
                 self.running.remove(&id);
                 self.figures.cancelled += 1;
             }
-            match catch_unwind(AssertUnwindSafe(|| scheduler.step())) {
-                Ok(Ok(updates)) => {
-                    self.figures.steps += 1;
-                    updates.into_iter().for_each(|(id, update)| self.tell(id, update));
-                }
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "the engine failed");
-                    self.fail_all(&error);
-                    return End::Panicked;
-                }
-                Err(panic) => {
-                    let text = (panic.downcast_ref::<String>().map(String::as_str))
-                        .or_else(|| panic.downcast_ref::<&str>().copied())
-                        .unwrap_or("no message");
-                    tracing::error!(text, "the engine panicked");
-                    self.figures.panics += 1;
-                    self.fail_all(&EngineError::Device(format!("the engine failed: {text}")));
-                    return End::Panicked;
-                }
-            }
+            let updates = scheduler.step()?;
+            self.figures.steps += 1;
+            updates.into_iter().for_each(|(id, update)| self.tell(id, update));
         }
     }
 
@@ -189,6 +184,7 @@ impl Worker {
                 if idle { self.jobs.recv().map_err(|_| TryRecvError::Disconnected) } else { self.jobs.try_recv() };
             match command {
                 Ok(Command::Run(job, updates)) => {
+                    self.coming.fetch_sub(1, Ordering::SeqCst);
                     let (prompt, choices) = (job.prompt.len(), job.choices.len());
                     match scheduler.submit(job) {
                         Ok(id) => {
@@ -197,9 +193,7 @@ impl Worker {
                         // Nobody to tell is fine.
                         Err(error) => drop(updates.send(Update::Failed(error))),
                     }
-                    self.figures.waiting = scheduler.waiting();
                     self.publish(scheduler);
-                    self.coming.fetch_sub(1, Ordering::SeqCst);
                 }
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
@@ -236,5 +230,105 @@ impl Worker {
         let (active, waiting, bytes) = (scheduler.active(), scheduler.waiting(), scheduler.bytes());
         self.figures = WorkerStats { active, waiting, bytes, cache: scheduler.cache(), ..self.figures };
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = self.figures;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batching::BatchSettings;
+    use crate::engine::{Finish, tests::tiny};
+    use crate::generation_config::GenerationConfig;
+    use crate::guide::{Guide, GuideError, Next};
+    use crate::sampler::{Sampler, SamplingOptions};
+    use crate::tokenizer::tests::byte_level;
+    use std::time::{Duration, Instant};
+
+    fn worker(queue: usize) -> EngineHandle {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Arc::new(byte_level(dir.path(), &["x", "y"]));
+        let (engine, generation) = (tiny(96, 2000), GenerationConfig::default());
+        let assets = Assets { engine, tokenizer, generation, end_ids: Vec::new() };
+        let scheduler = SchedulerSettings::new(BatchSettings::new(1, 2000), 1 << 20);
+        spawn(Arc::new(assets), WorkerSettings { scheduler, queue }).unwrap()
+    }
+
+    fn job(max_new: usize, guide: Option<Box<dyn Guide>>) -> Job {
+        let sampler = Sampler::new(SamplingOptions { seed: Some(1), ..SamplingOptions::default() }, None).unwrap();
+        Job {
+            prompt: vec![1, 2, 3],
+            turns: Vec::new(),
+            choices: vec![Choice { sampler, guide }],
+            end_ids: Arc::default(),
+            max_new: Some(max_new),
+            top_log_probs: 0,
+        }
+    }
+
+    fn all(mut updates: UnboundedReceiver<Update>) -> Vec<Update> {
+        std::iter::from_fn(|| updates.blocking_recv()).collect()
+    }
+
+    fn wait(what: &str, mut done: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn jobs_run_and_those_nobody_listens_to_end() {
+        let engine = worker(8);
+        let updates = all(engine.submit(job(5, None)).unwrap());
+        assert_eq!(updates.len(), 7, "{updates:?}");
+        assert_eq!(updates[0], Update::Read { cached: 0 });
+        assert_eq!(updates[6], Update::Finished { choice: 0, finish: Finish::Length });
+        let mut long = engine.submit(job(1900, None)).unwrap();
+        assert!(long.blocking_recv().is_some());
+        drop(long);
+        wait("the job goes on without a listener", || engine.stats().cancelled == 1 && engine.stats().active == 0);
+        assert!(engine.stats().drawn_tokens < 1900);
+        let refused = all(engine.submit(Job { prompt: Vec::new(), ..job(1, None) }).unwrap());
+        assert_eq!(refused, [Update::Failed(EngineError::Empty)]);
+        engine.stop();
+        wait("the thread goes on", || engine.submit(job(1, None)).is_err_and(|e| e == SubmitError::Stopped));
+    }
+
+    #[test]
+    fn no_more_wait_than_may() {
+        let engine = worker(2);
+        let first = engine.submit(job(1900, None)).unwrap();
+        wait("the first does not start", || engine.stats().active == 1);
+        let waiting: Vec<_> = (0..2).map(|_| engine.submit(job(1, None)).unwrap()).collect();
+        wait("they do not wait", || engine.stats().waiting == 2);
+        let more = (0..4).map(|_| engine.submit(job(1, None)));
+        assert!(more.filter(Result::is_err).count() >= 2);
+        drop(first);
+        assert!(waiting.into_iter().all(|updates| all(updates).len() == 3));
+    }
+
+    /// What breaks the engine fails the jobs under way; the next ones run as ever.
+    #[test]
+    fn a_panic_is_not_the_end() {
+        #[derive(Debug)]
+        struct Broken(u32);
+        impl Guide for Broken {
+            fn next(&mut self) -> Result<Next<'_>, GuideError> {
+                assert!(self.0 < 3, "broken on purpose");
+                Ok(Next::Any)
+            }
+            fn take(&mut self, _: u32) -> Result<(), GuideError> {
+                self.0 += 1;
+                Ok(())
+            }
+        }
+        let engine = worker(8);
+        let wanted = all(engine.submit(job(9, None)).unwrap());
+        let broken = all(engine.submit(job(9, Some(Box::new(Broken(0))))).unwrap());
+        let Some(Update::Failed(EngineError::Device(text))) = broken.last() else { panic!("{broken:?}") };
+        assert_eq!((text.as_str(), broken.len()), ("the engine panicked: broken on purpose", 5));
+        assert_eq!(all(engine.submit(job(9, None)).unwrap()), wanted);
+        wait("the panic is not counted", || engine.stats().panics == 1);
     }
 }
