@@ -422,7 +422,7 @@ mod tests {
             let conversation = |text: &mut dyn FnMut() -> String| -> (Vec<Value>, Vec<Value>) {
                 let message = |&role: &usize| match role {
                     3 => json!({"role": "tool", "content": [{"type": "text", "name": text(), "text": text()}]}),
-                    role => json!({"role": ["user", "assistant", "system"][role], "content": text()}),
+                    role => json!({"role": (["user", "assistant", "system"][role]), "content": text()}),
                 };
                 let messages = shape.iter().map(message).collect();
                 let tools = if round % 3 == 0 { vec![json!({"name": text(), "description": text()})] } else { vec![] };
