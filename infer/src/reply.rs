@@ -4,6 +4,7 @@
 //! Line breaks between the parts belong to none of them: those around the reasoning, and those of the content beside a
 //! block. [`rebuild`] puts them back as M1 writes them.
 
+use crate::sampler::random_seed;
 use crate::stop::StopStrings;
 use crate::stream::TextStream;
 use crate::think::{self, Piece, Start, ThinkSplitter};
@@ -11,7 +12,6 @@ use crate::tokenizer::Tokenizer;
 use crate::tools::{self, ToolCall, ToolEvent, ToolParser};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 /// A piece of a reply; none is empty.
@@ -51,7 +51,7 @@ pub struct CallIds(ChaCha8Rng);
 impl CallIds {
     /// Ids that nobody foresees.
     pub fn random() -> Self {
-        Self::seeded(std::hash::RandomState::new().build_hasher().finish())
+        Self::seeded(random_seed())
     }
 
     /// The same ids for the same seed.

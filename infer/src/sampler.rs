@@ -125,7 +125,7 @@ impl Sampler {
     /// A sampler that draws only ids for which `allowed` is true (`None`: any id).
     pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
         options.validate()?;
-        let seed = options.seed.unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish());
+        let seed = options.seed.unwrap_or_else(random_seed);
         let allowed = allowed.map(Arc::from);
         Ok(Self {
             options,
@@ -295,6 +295,11 @@ impl Sampler {
         }
         (drawn.0, (f64::from(drawn.1) / total).ln() as f32)
     }
+}
+
+/// A seed that differs from call to call and from process to process: what the standard library keys its hash maps with.
+pub fn random_seed() -> u64 {
+    std::hash::RandomState::new().build_hasher().finish()
 }
 
 /// log-softmax of `logits` `[vocab]` at `id`; the sum is taken in f64.

@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use super::record::Record;
+use crate::sampler::random_seed;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
@@ -24,7 +25,7 @@ pub fn content(media: &'static str, text: impl Into<Body>) -> Response {
 
 /// A new name for an answer.
 pub fn id(kind: &str) -> String {
-    format!("{kind}-{:016x}", super::params::random())
+    format!("{kind}-{:016x}", random_seed())
 }
 
 /// Seconds since 1970.

@@ -2,9 +2,8 @@
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
-use crate::sampler::{Sampler, SamplingOptions};
+use crate::sampler::{Sampler, SamplingOptions, random_seed};
 use serde_json::Value;
-use std::hash::{BuildHasher, Hasher};
 
 /// Stop strings that a request may bring.
 const MAX_STOPS: usize = 16;
@@ -59,7 +58,7 @@ impl Params {
         let seed = fields.take("seed", "a whole number", |v| v.as_i64().map(|n| n as u64).or(v.as_u64()))?;
         let params = Self {
             options,
-            seed: seed.unwrap_or_else(random),
+            seed: seed.unwrap_or_else(random_seed),
             n: fields.whole("n", 1..=MAX_CHOICES)?.unwrap_or(1),
             stops: stops(fields)?,
             stream,
@@ -76,11 +75,6 @@ impl Params {
         sampler.reseed(self.seed.wrapping_add(i as u64));
         Ok(sampler)
     }
-}
-
-/// A number that nobody can guess.
-pub fn random() -> u64 {
-    std::hash::RandomState::new().build_hasher().finish()
 }
 
 /// 0 and -1 keep all, as elsewhere.

@@ -2,6 +2,7 @@
 //! [`Record`] writes it, so that a client that goes away in mid-stream is told of too.
 
 use super::metrics::Metrics;
+use crate::sampler::random_seed;
 use axum::http::{Method, StatusCode};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -49,7 +50,7 @@ impl Record {
     /// A request has come.
     pub fn new(metrics: Arc<Metrics>, method: Method, path: &str) -> Arc<Self> {
         metrics.in_flight.inc();
-        let id = format!("{:012x}", super::params::random() >> 16);
+        let id = format!("{:012x}", random_seed() >> 16);
         let (route, start) = (route(path), Instant::now());
         Arc::new(Self { metrics, id, method, route, start, told: Mutex::default() })
     }
