@@ -2,16 +2,22 @@
 //! tokenized again), so that every turn's prompt begins with what the cache already holds.
 
 use crate::assets::Assets;
-use crate::engine::{EngineError, Finish, Session};
-use crate::prompt::{Line, PromptError, Prompter};
+use crate::batching::scheduler::{Choice, Job, Scheduler, SchedulerSettings, Update};
+use crate::batching::{BatchSettings, JobId};
+use crate::engine::{EngineError, Finish};
+use crate::prompt::{Line, Prompt, PromptError, Prompter};
 use crate::sampler::{Sampler, SamplerError, SamplingOptions};
 use crate::stream::TextStream;
 use crate::template::TemplateError;
 use crate::think::NO_THINKING;
 use crate::tokenizer::TokenizerError;
+use m1_model::Cache;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::time::{Duration, Instant};
+
+/// Bytes for what is kept of conversations that were left, at least.
+const CACHE_BYTES: u64 = 1 << 30;
 
 /// Why a turn can't be taken. The conversation is as it was before the turn.
 #[derive(Debug, thiserror::Error)]
@@ -90,13 +96,32 @@ pub struct Turn {
     pub stats: Stats,
 }
 
-/// A conversation with its cache.
+/// Where a turn stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The conversation is being read.
+    Reading {
+        /// Tokens of it that are in the cache.
+        read: usize,
+        /// All of them.
+        total: usize,
+    },
+    /// The model speaks.
+    Replying,
+}
+
+/// A conversation on an engine of its own.
 pub struct Chat<'a> {
     assets: &'a Assets,
     prompter: Prompter,
-    session: Session<'a>,
+    scheduler: Scheduler<'a>,
+    /// The settings and the seed. Each reply is drawn by a copy.
     sampler: Sampler,
+    /// Replies since the seed was set.
+    replies: u64,
     messages: Vec<Message>,
+    /// Tokens of the conversation when it was last read.
+    tokens: usize,
     /// The system prompt; may be changed between turns (which makes the next turn read everything again).
     pub system: Option<String>,
     /// Whether the model may think; if not, its turn begins with an empty block of thought.
@@ -110,9 +135,11 @@ impl<'a> Chat<'a> {
     pub fn new(assets: &'a Assets, options: SamplingOptions) -> Result<Self, ChatError> {
         Ok(Self {
             prompter: Prompter::new(&assets.tokenizer)?,
-            session: assets.engine.session(),
+            scheduler: scheduler(assets),
             sampler: assets.sampler(options)?,
+            replies: 0,
             messages: Vec::new(),
+            tokens: 0,
             system: None,
             thinking: true,
             max_new: assets.generation.max_new_tokens,
@@ -153,92 +180,156 @@ impl<'a> Chat<'a> {
         self.sampler.options()
     }
 
-    /// Changes the sampling settings.
+    /// Changes the sampling settings; with another seed as [`Chat::reseed`] does.
     pub fn set_sampling(&mut self, options: SamplingOptions) -> Result<(), ChatError> {
-        Ok(self.sampler.set_options(options)?)
+        let seed = self.sampler.seed();
+        self.sampler.set_options(options)?;
+        if self.sampler.seed() != seed {
+            self.replies = 0;
+        }
+        Ok(())
     }
 
-    /// Begins the random stream of `seed` anew.
+    /// The next reply is drawn with `seed`, the one after it with `seed + 1`, and so on.
     pub fn reseed(&mut self, seed: u64) {
         self.sampler.reseed(seed);
+        self.replies = 0;
     }
 
-    /// Tokens and bytes in the cache.
+    /// Tokens of the conversation, and bytes that are kept of it and of those before it.
     pub fn cache(&self) -> (usize, u64) {
-        (self.session.tokens().len(), self.session.bytes())
+        (self.tokens, self.scheduler.cache().bytes + self.scheduler.bytes())
     }
 
-    /// Says `text` as the user and streams the reply to `show`. `go_on` is asked between steps: when it returns false
+    /// Says `text` as the user and streams the reply to `show`. `watch` is asked between steps: when it returns false
     /// the reply ends there and what was said of it stays. If the prompt can't be read the conversation stays as it was.
     pub fn say(
         &mut self,
         text: &str,
-        go_on: &dyn Fn() -> bool,
+        watch: &mut dyn FnMut(Progress) -> bool,
+        show: &mut dyn FnMut(&str) -> std::io::Result<()>,
+    ) -> Result<Turn, ChatError> {
+        self.messages.push(Message { role: "user".into(), content: text.into(), ids: None });
+        let before = self.messages.len() - 1;
+        // Said is said: whatever ended a reply, it stays in the conversation.
+        let told = self.reply(watch, show);
+        if !matches!(told, Ok(_) | Err(ChatError::Output(_))) {
+            self.messages.truncate(before);
+        }
+        told
+    }
+
+    /// The model's turn.
+    fn reply(
+        &mut self,
+        watch: &mut dyn FnMut(Progress) -> bool,
         show: &mut dyn FnMut(&str) -> std::io::Result<()>,
     ) -> Result<Turn, ChatError> {
         let start = Instant::now();
-        self.messages.push(Message { role: "user".into(), content: text.into(), ids: None });
-        let read = self.prompt().and_then(|ids| Ok(self.session.read(&ids, &mut |_, _| go_on())?));
-        let prefill = match read {
-            Ok(prefill) => prefill,
-            Err(error) => {
-                self.messages.pop();
-                return Err(error);
-            }
-        };
-
-        let (mut reply, mut ids) = (String::new(), Vec::new());
+        let (mut content, mut ids) = (String::new(), Vec::new());
         if !self.thinking {
             ids = self.assets.tokenizer.encode(NO_THINKING, false)?;
-            reply.push_str(NO_THINKING);
+            content.push_str(NO_THINKING);
         }
-        let (given, given_ids) = (reply.len(), ids.len());
+        let (given, given_ids) = (content.len(), ids.len());
+        let Prompt { ids: prompt, turns } = self.prompt()?;
+        let total = prompt.len();
+        let job = self.submit(prompt, turns)?;
+
         let mut stream = TextStream::new(&*self.assets.tokenizer);
-        let mut failed = None;
-        let mut first_token = None;
-        let finish = self.session.generate(&mut self.sampler, &self.assets.end_ids, self.max_new, &mut |drawn| {
-            first_token.get_or_insert_with(|| start.elapsed());
-            ids.push(drawn.id);
-            let piece = stream.push(drawn.id);
-            reply.push_str(&piece);
-            failed = if piece.is_empty() { None } else { show(&piece).err() };
-            failed.is_none() && go_on()
-        });
-        let rest = stream.finish();
-        reply.push_str(&rest);
-        let made = ids.len() - given_ids;
-        let first_token = first_token.unwrap_or_else(|| start.elapsed());
-        let decode = start.elapsed().saturating_sub(first_token);
-        let stats = Stats { cached: prefill.cached, computed: prefill.computed, made, first_token, decode };
-        // Said is said: whatever ended the reply, it stays in the conversation.
-        let said = reply[given..].to_string();
-        self.messages.push(Message { role: "assistant".into(), content: reply, ids: Some(ids) });
-        let finish = match finish {
-            Ok(finish) => finish,
-            Err(error) => {
-                self.messages.truncate(self.messages.len() - 2);
-                return Err(error.into());
+        let (mut failed, mut first_token, mut cached) = (None, None, None);
+        let finish = 'turn: loop {
+            let progress = match cached {
+                Some(_) => Progress::Replying,
+                None => Progress::Reading { read: self.scheduler.read(job), total },
+            };
+            if !watch(progress) {
+                self.scheduler.cancel(job);
+                break Finish::Stopped;
+            }
+            for update in self.step()? {
+                match update {
+                    Update::Read { cached: tokens } => cached = Some(tokens),
+                    Update::Drawn { token, .. } if self.assets.end_ids.contains(&token.id) => {}
+                    Update::Drawn { token, .. } => {
+                        if first_token.is_none() {
+                            first_token = Some(start.elapsed());
+                            watch(Progress::Replying); // before anything is shown
+                        }
+                        ids.push(token.id);
+                        let piece = stream.push(token.id);
+                        content.push_str(&piece);
+                        failed = if piece.is_empty() { None } else { show(&piece).err() };
+                        if failed.is_some() {
+                            self.scheduler.cancel(job);
+                            break 'turn Finish::Stopped;
+                        }
+                    }
+                    Update::Finished { finish, .. } => break 'turn finish,
+                    Update::Failed(error) => return Err(error.into()),
+                    Update::Scored(_) => {}
+                }
             }
         };
+        let cached = cached.ok_or(EngineError::Interrupted)?;
+        let rest = stream.finish();
+        content.push_str(&rest);
+        let made = ids.len() - given_ids;
+        self.tokens = total + made;
+        self.replies += 1;
+        let first_token = first_token.unwrap_or_else(|| start.elapsed());
+        let decode = start.elapsed().saturating_sub(first_token);
+        let stats = Stats { cached, computed: total - cached, made, first_token, decode };
+        let text = content[given..].to_string();
+        self.messages.push(Message { role: "assistant".into(), content, ids: Some(ids) });
         if let Some(error) = failed {
             return Err(error.into());
         }
         if !rest.is_empty() {
             show(&rest)?;
         }
-        Ok(Turn { text: said, finish, stats })
+        Ok(Turn { text, finish, stats })
     }
 
-    /// The ids of the conversation up to where the model's turn begins.
-    fn prompt(&self) -> Result<Vec<u32>, ChatError> {
+    /// Hands the conversation to the engine.
+    fn submit(&mut self, prompt: Vec<u32>, turns: Vec<usize>) -> Result<JobId, EngineError> {
+        let mut sampler = self.sampler.clone();
+        sampler.reseed(self.sampler.seed().wrapping_add(self.replies));
+        self.scheduler.submit(Job {
+            prompt,
+            turns,
+            choices: vec![Choice { sampler, guide: None }],
+            end_ids: self.assets.end_ids.as_slice().into(),
+            max_new: self.max_new,
+            top_log_probs: 0,
+            score_prompt: false,
+        })
+    }
+
+    /// Takes the turn on by one step; an engine that fails is not to be trusted, and another takes its place.
+    fn step(&mut self) -> Result<Vec<Update>, EngineError> {
+        let updates = self.scheduler.step().inspect_err(|_| self.scheduler = scheduler(self.assets))?;
+        Ok(updates.into_iter().map(|(_, update)| update).collect())
+    }
+
+    /// The conversation up to where the model's turn begins.
+    fn prompt(&self) -> Result<Prompt, ChatError> {
         let system = self.system.iter().map(|text| Line::from(json!({"role": "system", "content": text})));
         let said = self.messages.iter().map(|Message { role, content, ids }| Line {
             message: json!({"role": role, "content": content}),
             ids: ids.clone(),
         });
         let lines: Vec<Line> = system.chain(said).collect();
-        Ok(self.prompter.build(&self.assets.tokenizer, &lines, &[], self.thinking)?.ids)
+        Ok(self.prompter.build(&self.assets.tokenizer, &lines, &[], self.thinking)?)
     }
+}
+
+/// An engine for one conversation at a time. What it keeps of one is never too large for it to keep.
+fn scheduler(assets: &Assets) -> Scheduler<'_> {
+    let (engine, context) = (&assets.engine, assets.engine.context());
+    let whole = Cache::new(engine.config(), 0, &engine.device()).row_bytes(engine.config(), context);
+    let settings = SchedulerSettings::new(BatchSettings::new(1, context), whole.max(CACHE_BYTES));
+    Scheduler::new(engine.model(), settings)
 }
 
 #[cfg(test)]
@@ -279,7 +370,7 @@ mod tests {
         let ids = vec![104, 257, 105];
         let past = [message("user", "q", None), message("assistant", "hi", Some(ids.clone()))];
         chat.set_messages([&past[..], &[message("user", "hi", None)]].concat());
-        let prompt = chat.prompt().unwrap();
+        let prompt = chat.prompt().unwrap().ids;
         let encode = |text: &str| assets.tokenizer.encode(text, false).unwrap();
         let start = "<begin_of_document><beginning_of_sentence>user name=user\nq<end_of_sentence>\n\
             <beginning_of_sentence>ai name=assistant\n";
@@ -288,7 +379,7 @@ mod tests {
         assert_eq!(prompt, [encode(start), ids, encode(end)].concat());
         // A new system prompt changes what comes before, not the reply.
         chat.system = Some("s".into());
-        let prompt = chat.prompt().unwrap();
+        let prompt = chat.prompt().unwrap().ids;
         assert!(prompt.windows(3).any(|ids| ids == [104, 257, 105]));
         // Ids that say something else are not believed.
         chat.set_messages(vec![message("assistant", "hi", Some(vec![104, 104]))]);
@@ -308,7 +399,7 @@ mod tests {
             message("user", "c", None),
         ]);
         let special = |ids: &[u32]| ids.iter().filter(|&&id| id == 258).count();
-        let prompt = chat.prompt().unwrap();
+        let prompt = chat.prompt().unwrap().ids;
         assert_eq!(special(&prompt), 4, "one after each message");
         assert!(prompt.windows(3).any(|ids| ids == [104, 257, 105]));
         let shown: Vec<u32> = prompt.iter().copied().filter(|&id| id < 256).collect();
@@ -316,7 +407,7 @@ mod tests {
         // Also where the template alters the replies.
         let source = "{% for m in messages %}{{ m['content'] | replace('hi', 'ho') }}|{% endfor %}";
         chat.prompter = Prompter::with_template(&assets.tokenizer, Template::new(source).unwrap());
-        assert_eq!(special(&chat.prompt().unwrap()), 0);
+        assert_eq!(special(&chat.prompt().unwrap().ids), 0);
     }
 
     #[test]
@@ -324,23 +415,23 @@ mod tests {
         let (_dir, assets) = assets("{% for m in messages %}{{ m['content'] | replace('i', 'o') }}|{% endfor %}");
         let mut chat = chat(&assets);
         chat.set_messages(vec![message("assistant", "hi", Some(vec![104, 257, 105]))]);
-        assert_eq!(chat.prompt().unwrap(), assets.tokenizer.encode("ho|", false).unwrap());
+        assert_eq!(chat.prompt().unwrap().ids, assets.tokenizer.encode("ho|", false).unwrap());
     }
 
     #[test]
     fn a_turn_is_kept_or_undone_as_a_whole() {
         let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
         let mut chat = chat(&assets);
-        let stop = chat.say("a", &|| false, &mut |_| Ok(()));
+        let stop = chat.say("a", &mut |_| false, &mut |_| Ok(()));
         assert!(matches!(stop, Err(ChatError::Engine(EngineError::Interrupted))));
         assert_eq!(chat.messages(), []);
         let long = "x".repeat(400);
-        let error = chat.say(&long, &|| true, &mut |_| Ok(())).unwrap_err();
+        let error = chat.say(&long, &mut |_| true, &mut |_| Ok(())).unwrap_err();
         assert!(matches!(error, ChatError::Engine(EngineError::Context { context: 400, .. })));
         assert_eq!(chat.messages(), []);
         chat.max_new = Some(30);
         let mut shown = String::new();
-        let turn = chat.say("a", &|| true, &mut |text| {
+        let turn = chat.say("a", &mut |_| true, &mut |text| {
             shown.push_str(text);
             Ok(())
         });
@@ -351,7 +442,7 @@ mod tests {
         let ids = chat.messages()[1].ids.clone().unwrap();
         assert_eq!(ids.len(), turn.stats.made);
         // Whoever listens goes away: that is told, and what was said stays.
-        let gone = chat.say("b", &|| true, &mut |_| Err(std::io::ErrorKind::BrokenPipe.into()));
+        let gone = chat.say("b", &mut |_| true, &mut |_| Err(std::io::ErrorKind::BrokenPipe.into()));
         assert!(matches!(gone, Err(ChatError::Output(_))));
         assert_eq!(chat.messages().len(), 4);
     }
@@ -361,8 +452,65 @@ mod tests {
         let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
         let mut chat = chat(&assets);
         (chat.thinking, chat.max_new) = (false, Some(4));
-        let turn = chat.say("a", &|| true, &mut |_| Ok(())).unwrap();
+        let turn = chat.say("a", &mut |_| true, &mut |_| Ok(())).unwrap();
         assert!(turn.stats.made <= 4 && !turn.text.contains("<think>"));
         assert_eq!(chat.messages()[1].content, format!("{NO_THINKING}{}", turn.text));
+    }
+
+    /// Says it, and returns the ids of the reply.
+    fn say(chat: &mut Chat, text: &str) -> (Vec<u32>, Stats) {
+        let turn = chat.say(text, &mut |_| true, &mut |_| Ok(())).unwrap();
+        (chat.messages().last().unwrap().ids.clone().unwrap(), turn.stats)
+    }
+
+    #[test]
+    fn a_turn_reads_only_what_is_new() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let mut chat = chat(&assets);
+        chat.max_new = Some(20);
+        let (first, stats) = say(&mut chat, "a question of some length, so that there is something to be kept");
+        assert_eq!(stats.cached, 0);
+        let said = stats.computed + first.len();
+        let (_, stats) = say(&mut chat, "and another");
+        // The last id drawn was not read by then.
+        assert!(stats.cached >= said - 1, "{stats:?} after {said} tokens");
+        assert_eq!(chat.cache().0, stats.cached + stats.computed + stats.made);
+        // A reply that was cut short is kept as far as it came.
+        let mut steps = 0;
+        let mut watch = |progress| {
+            steps += usize::from(progress == Progress::Replying);
+            steps < 5
+        };
+        let cut = chat.say("more", &mut watch, &mut |_| Ok(())).unwrap();
+        assert_eq!(cut.finish, Finish::Stopped);
+        let said = cut.stats.cached + cut.stats.computed + cut.stats.made;
+        let (_, stats) = say(&mut chat, "on");
+        assert!(stats.cached >= said - 1, "{stats:?} after {said} tokens");
+    }
+
+    #[test]
+    fn replies_depend_on_the_seed_and_on_their_place() {
+        let (_dir, assets) = assets(include_str!("../tests/data/chat_template.jinja"));
+        let talk = |chat: &mut Chat| ["a", "b", "a"].map(|text| say(chat, text).0);
+        let mut chat = chat(&assets);
+        chat.max_new = Some(9);
+        let first = talk(&mut chat);
+        assert_ne!(first[0], first[2], "each reply has a stream of its own");
+        chat.clear();
+        chat.reseed(1);
+        assert_eq!(talk(&mut chat), first);
+        chat.clear();
+        assert_ne!(talk(&mut chat), first);
+        // Other settings with the same seed let the stream be.
+        chat.clear();
+        chat.reseed(1);
+        let same = chat.sampling().clone();
+        say(&mut chat, "a");
+        chat.set_sampling(same.clone()).unwrap();
+        assert_eq!(say(&mut chat, "b").0, first[1]);
+        chat.clear();
+        chat.set_sampling(SamplingOptions { seed: Some(2), ..same.clone() }).unwrap();
+        chat.set_sampling(same).unwrap();
+        assert_eq!(talk(&mut chat), first);
     }
 }

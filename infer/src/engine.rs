@@ -1,18 +1,14 @@
-//! Ids in, ids and full-vocabulary log-probabilities out; nothing here knows text. A [`Session`] reads only what is new:
-//! it continues where its cache agrees with the ids handed in. Lightning state cannot be trimmed, so the session
-//! keeps a snapshot at the end of every prompt read, and goes back to the longest that is still right.
+//! Ids in, ids and full-vocabulary log-probabilities out; nothing here knows text. A [`Session`] is one sequence, read and
+//! continued in the plainest way; what the scheduler of [`crate::batching`] gives is held to it.
 
 use crate::batching::pieces::piece_end;
 use crate::guide::GuideError;
 use crate::sampler::{Sampled, Sampler, SamplerError, log_probs};
 use burn::tensor::{Device, Tensor};
-use m1_model::{Batch, Cache, M1, ModelConfig, Snapshot, Trace};
+use m1_model::{Batch, Cache, M1, ModelConfig, Trace};
 
 /// Tokens read in one forward call of a prefill: bounds memory, and how long an interruption waits.
 pub(crate) const PREFILL_CHUNK: usize = 512;
-
-/// Snapshots that a session keeps. One costs 280 MiB for M1 (SPEC §2), next to nothing for a nano model.
-const SNAPSHOTS: usize = 4;
 
 /// Why the engine can't go on. The session stays as it was, or holds a part of the prompt.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
@@ -111,7 +107,7 @@ impl Engine {
     /// An empty sequence.
     pub fn session(&self) -> Session<'_> {
         let cache = Cache::new(self.config(), 1, &self.device());
-        Session { engine: self, cache, logits: Vec::new(), kept: Vec::new() }
+        Session { engine: self, cache, logits: Vec::new() }
     }
 }
 
@@ -137,13 +133,6 @@ pub enum Finish {
     Stopped,
 }
 
-/// A sequence's past after some prompt, with the logits that follow it.
-#[derive(Debug)]
-struct Kept {
-    snapshot: Snapshot,
-    logits: Vec<f32>,
-}
-
 /// One sequence and its cache.
 #[derive(Debug)]
 pub struct Session<'a> {
@@ -151,7 +140,6 @@ pub struct Session<'a> {
     cache: Cache,
     /// Logits after the last token of the cache; empty where they were not asked for.
     logits: Vec<f32>,
-    kept: Vec<Kept>,
 }
 
 impl Session<'_> {
@@ -170,13 +158,8 @@ impl Session<'_> {
         log_probs(&self.logits)
     }
 
-    /// Bytes that the cache holds.
-    pub fn bytes(&self) -> u64 {
-        self.cache.bytes()
-    }
-
-    /// Makes the cache hold exactly `ids` and the logits those of what follows, reading only what is new. Between
-    /// chunks `go_on(read, to_read)` may stop it: the cache then holds a beginning of `ids`, to be continued later.
+    /// Makes the cache hold exactly `ids` and the logits those of what follows. If `ids` begin with what is there, only the
+    /// rest is read; if not, all (a lightning state cannot be trimmed). Between chunks `go_on(read, to_read)` may stop it: the cache then holds a beginning of `ids`, to be continued later.
     pub fn read(&mut self, ids: &[u32], go_on: &mut dyn FnMut(usize, usize) -> bool) -> Result<Prefill, EngineError> {
         let (vocab, context) = (self.engine.config().vocab_size, self.engine.context);
         if ids.is_empty() {
@@ -188,7 +171,13 @@ impl Session<'_> {
         if ids.len() >= context {
             return Err(EngineError::Context { tokens: ids.len(), context });
         }
-        let cached = self.rewind(ids);
+        // At the very end of `ids` a state is of use only with its logits.
+        let here = self.tokens().len();
+        if !ids.starts_with(self.tokens()) || here == ids.len() && self.logits.is_empty() {
+            self.cache = Cache::new(self.engine.config(), 1, &self.engine.device());
+            self.logits.clear();
+        }
+        let cached = self.tokens().len();
         let (mut start, computed) = (cached, ids.len() - cached);
         while start < ids.len() {
             if !go_on(start - cached, computed) {
@@ -198,7 +187,6 @@ impl Session<'_> {
             self.forward(&ids[start..end], end == ids.len())?;
             start = end;
         }
-        self.keep();
         Ok(Prefill { cached, computed })
     }
 
@@ -247,35 +235,6 @@ impl Session<'_> {
             self.logits = to_host(model.logits(hidden))?;
         }
         Ok(())
-    }
-
-    /// Goes to the longest state that is a beginning of `ids`, and returns its length.
-    fn rewind(&mut self, ids: &[u32]) -> usize {
-        let here = self.tokens().len();
-        // At the very end of `ids` a state is of use only with its logits.
-        let usable = ids.starts_with(self.tokens()) && (here < ids.len() || !self.logits.is_empty());
-        let best = self.kept.iter().filter(|k| ids.starts_with(k.snapshot.tokens()));
-        match best.max_by_key(|k| k.snapshot.tokens().len()) {
-            Some(kept) if !usable || kept.snapshot.tokens().len() > here => {
-                self.cache.restore(0, &kept.snapshot);
-                self.logits = kept.logits.clone();
-            }
-            _ if usable => {}
-            _ => {
-                self.cache = Cache::new(self.engine.config(), 1, &self.engine.device());
-                self.logits.clear();
-            }
-        }
-        self.tokens().len()
-    }
-
-    fn keep(&mut self) {
-        let tokens = self.cache.tokens(0);
-        self.kept.retain(|k| k.snapshot.tokens() != tokens);
-        if self.kept.len() >= SNAPSHOTS {
-            self.kept.remove(0);
-        }
-        self.kept.push(Kept { snapshot: self.cache.snapshot(0), logits: self.logits.clone() });
     }
 }
 
@@ -333,19 +292,12 @@ pub(crate) mod tests {
         // The same again: nothing to do, same logits.
         assert_eq!(session.read(&ab, &mut go), Ok(Prefill { cached: 70, computed: 0 }));
         close(session.logits(), &fresh(&engine, &ab));
-        // Another continuation of `a`: back to the snapshot at its end.
+        // Another continuation of `a`, `a` itself: a state cannot be trimmed, so everything is read again.
         let ac = [a.clone(), prompt(9, 3)].concat();
-        assert_eq!(session.read(&ac, &mut go), Ok(Prefill { cached: 40, computed: 9 }));
+        assert_eq!(session.read(&ac, &mut go), Ok(Prefill { cached: 0, computed: 49 }));
         close(session.logits(), &fresh(&engine, &ac));
-        // `a` itself, shorter than the cache: its logits were kept.
-        assert_eq!(session.read(&a, &mut go), Ok(Prefill { cached: 40, computed: 0 }));
+        assert_eq!(session.read(&a, &mut go), Ok(Prefill { cached: 0, computed: 40 }));
         close(session.logits(), &fresh(&engine, &a));
-        // A text that agrees for 39 tokens only: no snapshot is right, so everything is read again.
-        let d = [&a[..39], &[7, 8]].concat();
-        assert_eq!(session.read(&d, &mut go), Ok(Prefill { cached: 0, computed: 41 }));
-        close(session.logits(), &fresh(&engine, &d));
-        // `ab` is still kept.
-        assert_eq!(session.read(&ab, &mut go).unwrap().computed, 0);
     }
 
     #[test]

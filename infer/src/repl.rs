@@ -1,9 +1,10 @@
 //! The chat at a prompt. Lines come from a terminal (with editing and history) or from a pipe; replies go to standard
 //! output, everything else to standard error, so that what is piped out is what the model said.
 
-use crate::chat::{Chat, ChatError, Message, Stats, Turn};
+use crate::chat::{Chat, ChatError, Message, Progress, Stats, Turn};
 use crate::engine::{EngineError, Finish};
 use crate::interrupt::Busy;
+use crate::progress::ReadingBar;
 use crate::render::{Look, Renderer};
 use crate::sampler::SamplingOptions;
 use rustyline::error::ReadlineError;
@@ -100,7 +101,15 @@ fn turn(chat: &mut Chat, text: &str, look: Look) -> Result<(Turn, bool), ReplErr
     let out = std::io::stdout().lock();
     let terminal = out.is_terminal();
     let mut renderer = Renderer::new(out, look, terminal);
-    let turn = chat.say(text, &|| !busy.stopped(), &mut |piece| renderer.push(piece))?;
+    let mut bar = ReadingBar::begin();
+    let mut watch = |progress| {
+        match progress {
+            Progress::Reading { read, total } => bar.show(read, total),
+            Progress::Replying => bar.clear(),
+        }
+        !busy.stopped()
+    };
+    let turn = chat.say(text, &mut watch, &mut |piece| renderer.push(piece))?;
     renderer.finish()?;
     Ok((turn, busy.stopped()))
 }

@@ -72,8 +72,8 @@ fn thinking_off_begins_the_turn_with_an_empty_block() {
     let block = tokens("<think>\n\n</think>\n\n");
     assert_eq!(block, 6);
     assert_eq!(s[1][0] + s[1][1], s[0][1] + block);
-    // The first prompt is kept, so that only the block is new; and the block stays in the conversation.
-    assert_eq!(s[1], [s[0][1], block, 3]);
+    // The block stays in the conversation.
+    assert_eq!(s[1][2], 3);
     assert_eq!(s[2][0], s[1][0] + s[1][1] + 2);
 }
 

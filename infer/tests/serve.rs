@@ -250,6 +250,50 @@ fn completions_go_on_from_texts_and_ids() {
     assert_eq!(lists["text_offset"][0], 0);
 }
 
+/// What an evaluation harness asks for: how likely a text is that nobody drew.
+#[test]
+fn a_prompts_own_tokens_are_scored() {
+    let nano = nano();
+    let ids = |text: &str| nano.post("/tokenize", &json!({"prompt": text})).ok()["tokens"].clone();
+    let prompt = "12 + 3 = 15\n12 + 4 = 16\n12 + 5 =";
+    let ask = |prompt: &Value, max: usize, more: Value| {
+        let mut body = json!({"prompt": prompt, "temperature": 0, "max_tokens": max, "echo": true, "logprobs": 3});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let count = ids(prompt).as_array().unwrap().len();
+    let drawn = nano.post(TEXT, &ask(&ids(prompt), 9, json!({}))).ok();
+    let (text, lists) = (drawn["choices"][0]["text"].as_str().unwrap(), &drawn["choices"][0]["logprobs"]);
+    let numbers = |choice: &Value| -> Vec<Option<f64>> {
+        choice["logprobs"]["token_logprobs"].as_array().unwrap().iter().map(Value::as_f64).collect()
+    };
+    let (scores, tokens) = (numbers(&drawn["choices"][0]), lists["tokens"].as_array().unwrap());
+    assert_eq!((scores.len(), tokens.len(), scores[0]), (count + 9, count + 9, None));
+    assert!(lists["top_logprobs"][0].is_null() && scores[1..].iter().all(|s| s.is_some_and(|s| s <= 0.0)));
+    // The offsets are those of the tokens in the whole text.
+    for (token, offset) in tokens.iter().zip(lists["text_offset"].as_array().unwrap()) {
+        assert!(text[offset.as_u64().unwrap() as usize..].starts_with(token.as_str().unwrap()), "{lists}");
+    }
+    // The answer sent as a prompt has the scores that it was drawn with.
+    let body = ask(&ids(text), 0, json!({"n": 2}));
+    let again = nano.post(TEXT, &body).ok();
+    for choice in again["choices"].as_array().unwrap() {
+        let again = numbers(choice);
+        let near = |(a, b): (&Option<f64>, &Option<f64>)| (a.unwrap_or(0.0) - b.unwrap_or(0.0)).abs() < 1e-3;
+        assert!(again.len() == scores.len() && again.iter().zip(&scores).all(near), "{again:?} {scores:?}");
+    }
+    // Twice the same although the text may be in the cache now; and in a stream.
+    assert_eq!(nano.post(TEXT, &body).ok()["choices"], again["choices"]);
+    let mut stream = nano.stream(TEXT, &streamed(&body));
+    let events: Vec<Value> = std::iter::from_fn(|| stream.next()).collect();
+    let first = events.iter().find(|event| event["choices"][0]["index"] == 1).unwrap();
+    assert_eq!(first["choices"][0]["text"], again["choices"][1]["text"]);
+    assert_eq!(first["choices"][0]["logprobs"], again["choices"][1]["logprobs"]);
+    // Of a single token there is nothing to say.
+    let one = nano.post(TEXT, &ask(&json!([ids(prompt)[0]]), 0, json!({}))).ok();
+    assert_eq!(numbers(&one["choices"][0]), [None]);
+}
+
 #[test]
 fn an_answer_in_json_is_json_after_its_schema() {
     let server = ending();

@@ -59,10 +59,26 @@ def echo_shows_the_prompt_before_the_answer(server):
     same([parts[0], parts[1]], [c.text for c in whole.choices])
     ids = server.post("/tokenize", {"prompt": PROMPT})["tokens"]
     same(server.complete(ids, echo=True, temperature=0, max_tokens=1).choices[0].text[: len(PROMPT)], PROMPT)
-    # What is not done is refused: scores of the prompt itself.
-    refused(lambda: server.complete(PROMPT, echo=True, logprobs=1), openai.BadRequestError, param="logprobs")
+    # What is not done is refused.
     refused(lambda: server.complete(PROMPT, suffix="x"), openai.BadRequestError, param="suffix")
     refused(lambda: server.complete(PROMPT, best_of=2), openai.BadRequestError, param="best_of")
+
+
+@check
+def a_text_is_scored_as_evaluation_harnesses_ask(server):
+    """`echo` with `logprobs`: what lm-evaluation-harness sends, whose context's tokens it then leaves out."""
+    ids = server.post("/tokenize", {"prompt": PROMPT})["tokens"]
+    scored = server.complete([ids, ids[:3]], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234)
+    for choice, length in zip(scored.choices, (len(ids), 3)):
+        lists = choice.logprobs
+        same([len(lists.tokens), len(lists.token_logprobs), len(lists.top_logprobs)], [length + 1] * 3)
+        same([lists.token_logprobs[0], lists.top_logprobs[0]], [None, None])
+        assert all(value <= 0 for value in lists.token_logprobs[1:]), lists.token_logprobs
+        for token, value, top in list(zip(lists.tokens, lists.token_logprobs, lists.top_logprobs))[1:]:
+            assert top[token] == value and max(top.values()) >= value, (token, value, top)
+        same("".join(lists.tokens), choice.text)
+    # What comes before does not depend on what comes after.
+    same(scored.choices[1].logprobs.token_logprobs[:3], scored.choices[0].logprobs.token_logprobs[:3])
 
 
 @check

@@ -312,7 +312,7 @@ impl Worker<'_> {
                         Finish::Length | Finish::Stopped => Ending::Length,
                     },
                 ),
-                Event::Passed { .. } => {} // nothing here asks for it
+                Event::Passed { .. } | Event::Scored { .. } => {} // nothing here asks for them
                 Event::Failed { id, error } => {
                     let prompt = self.running.get(&id).map_or(0, |running| running.at.prompt);
                     return Err(GenerateError::Prompt { prompt, source: error });

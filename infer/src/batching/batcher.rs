@@ -1,7 +1,7 @@
 //! The rows that decode, those that wait, and the step that takes all of them on.
 
-use super::reading::Reading;
-use super::{BatchSettings, Event, Prefix, Request, RequestId};
+use super::reading::{Reading, Unscored};
+use super::{BatchSettings, Event, Prefix, Request, RequestId, Scored};
 use crate::engine::{EngineError, Finish, to_host};
 use crate::guide::{Guide, Next};
 use crate::sampler::{Sampled, Sampler, top_log_probs};
@@ -13,6 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Logits from which drawing is worth spreading over the threads: some hundred microseconds of work.
 const SPREAD: usize = 1 << 15;
+
+/// Logits of a prompt's tokens that are held at once.
+const SCORED: usize = 4 << 20;
 
 /// What a sequence is apart from its text and its row.
 #[derive(Debug)]
@@ -27,7 +30,7 @@ pub(super) struct Sequence {
     /// Its past is to be handed out at the end.
     keep_end: bool,
     guide: Option<Box<dyn Guide>>,
-    top_log_probs: usize,
+    pub top_log_probs: usize,
     /// Bytes that its cache may come to.
     memory: u64,
 }
@@ -200,6 +203,11 @@ impl<'a> Batcher<'a> {
         joining.map(|joining| joining.snapshot.clone()).or_else(|| self.reading.past(of))
     }
 
+    /// Tokens of its prompt that a request has read, if it is at that.
+    pub fn read(&self, id: RequestId) -> Option<usize> {
+        self.reading.read(|sequence| sequence.id == id)
+    }
+
     /// Drops a request, wherever it stands; no event comes of it any more. Returns whether it was there.
     pub fn cancel(&mut self, id: RequestId) -> bool {
         let waiting = self.waiting.len();
@@ -255,6 +263,9 @@ impl<'a> Batcher<'a> {
         self.seat();
         let read = self.reading.step(self.model, self.settings.prefill_tokens);
         events.extend(read.passed.into_iter().map(|(id, snapshot)| Event::Passed { id, snapshot }));
+        for unscored in read.scored {
+            events.push(Event::Scored { id: unscored.id, tokens: score(self.model, unscored)? });
+        }
         let decoded = (!self.rows.is_empty()).then(|| {
             let rows = self.next.iter().map(|&id| vec![id]).collect();
             self.model.forward(&Batch::new(rows), Some(&mut self.cache), &mut Trace::none())
@@ -295,7 +306,8 @@ impl<'a> Batcher<'a> {
                 }
                 free -= 1;
                 self.reserved += memory;
-                let Request { prompt, prefix, sampler, end_ids, max_new, keep, guide, top_log_probs } = request;
+                let Request { prompt, prefix, sampler, end_ids, max_new, keep, guide, top_log_probs, score_prompt } =
+                    request;
                 let sequence = Sequence {
                     id,
                     sampler,
@@ -318,7 +330,7 @@ impl<'a> Batcher<'a> {
                         match prompt.last() {
                             // A token alone goes the way of decoding, as it would in a session.
                             Some(&next) if unread == 1 => self.joining.push(Joining { sequence, snapshot, next }),
-                            _ => self.reading.add(sequence, prompt, keep.marks, &snapshot),
+                            _ => self.reading.add(sequence, prompt, keep.marks, &snapshot, score_prompt),
                         }
                     }
                 }
@@ -396,6 +408,24 @@ impl<'a> Batcher<'a> {
             }
         }
     }
+}
+
+/// Scores tokens, a part at a time: all logits of a piece would be a gigabyte for a vocabulary as large as M1's.
+fn score(model: &M1, unscored: Unscored) -> Result<Vec<Scored>, EngineError> {
+    let Unscored { top_log_probs, ids, hidden, .. } = unscored;
+    let vocab = model.config().vocab_size;
+    let mut scored = Vec::with_capacity(ids.len());
+    for part in ids.chunks((SCORED / vocab).max(1)) {
+        let logits = to_host(model.logits(hidden.clone().narrow(0, scored.len(), part.len())))?;
+        // Each is locked once, by the thread that scores it.
+        let cells: Vec<Mutex<Option<Scored>>> = part.iter().map(|_| Mutex::new(None)).collect();
+        pool::run(part.len(), |i| {
+            let logits = &logits[i * vocab..][..vocab];
+            *cells[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(Scored::of(part[i], logits, top_log_probs));
+        });
+        scored.extend(cells.into_iter().filter_map(|cell| cell.into_inner().unwrap_or_else(PoisonError::into_inner)));
+    }
+    Ok(scored)
 }
 
 /// One id to be drawn.

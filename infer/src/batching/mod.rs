@@ -22,7 +22,7 @@ pub use scheduler::{Job, JobId, Scheduler, SchedulerSettings, Update};
 
 use crate::engine::{EngineError, Finish, PREFILL_CHUNK};
 use crate::guide::Guide;
-use crate::sampler::{Sampled, Sampler};
+use crate::sampler::{Sampled, Sampler, log_prob, top_log_probs};
 use m1_model::Snapshot;
 use std::sync::Arc;
 
@@ -93,19 +93,56 @@ pub struct Request {
     pub keep: Keep,
     /// What may be drawn, where not everything is.
     pub guide: Option<Box<dyn Guide>>,
-    /// How many of the likeliest ids come with each one that is drawn.
+    /// How many of the likeliest ids come with each one that is drawn or scored.
     pub top_log_probs: usize,
+    /// Whether the prompt's own tokens are scored ([`Event::Scored`]), but for those that the prefix holds.
+    pub score_prompt: bool,
 }
 
 impl Request {
     /// A request for one plain sequence from `prompt` on: all of it read here, nothing kept, no guide.
     pub fn new(prompt: Vec<u32>, sampler: Sampler, end_ids: Arc<[u32]>, max_new: Option<usize>) -> Self {
-        Self { prompt, prefix: None, sampler, end_ids, max_new, keep: Keep::default(), guide: None, top_log_probs: 0 }
+        let keep = Keep::default();
+        Self {
+            prompt,
+            prefix: None,
+            sampler,
+            end_ids,
+            max_new,
+            keep,
+            guide: None,
+            top_log_probs: 0,
+            score_prompt: false,
+        }
     }
 
     /// The most tokens that the sequence may come to within `context`.
     pub fn longest(&self, context: usize) -> usize {
         self.prompt.len().saturating_add(self.max_new.unwrap_or(context)).min(context)
+    }
+}
+
+/// A token with how likely the model found it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// The id.
+    pub id: u32,
+    /// Its log-probability under the model: log-softmax of the raw logits over the whole vocabulary.
+    pub log_prob: f32,
+    /// The likeliest ids at its place with theirs, likeliest first, as many as were asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl Scored {
+    /// Of a drawn id.
+    pub fn new(token: &Sampled, top: Vec<(u32, f32)>) -> Self {
+        Self { id: token.id, log_prob: token.log_prob, top }
+    }
+
+    /// Of `id` under the `logits` `[vocab]` before it, with `top` others.
+    fn of(id: u32, logits: &[f32], top: usize) -> Self {
+        let likeliest = if top == 0 { Vec::new() } else { top_log_probs(logits, top) };
+        Self { id, log_prob: log_prob(logits, id), top: likeliest }
     }
 }
 
@@ -122,6 +159,13 @@ pub enum Event {
         id: RequestId,
         /// The beginning of the prompt up to there.
         snapshot: Snapshot,
+    },
+    /// More of the prompt's tokens, in their order from the second on (nothing is said of the first).
+    Scored {
+        /// Of this request.
+        id: RequestId,
+        /// The tokens.
+        tokens: Vec<Scored>,
     },
     /// The prompt has been read; only where [`Keep`] asked for it, and before the first id.
     Read {

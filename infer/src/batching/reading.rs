@@ -13,6 +13,8 @@ struct Reader {
     prompt: Vec<u32>,
     /// Where snapshots are still to be taken, the next one last.
     marks: Vec<usize>,
+    /// Its tokens are scored.
+    score: bool,
 }
 
 /// What came of reading a piece of every prompt.
@@ -24,6 +26,19 @@ pub(super) struct Step {
     pub hidden: Option<Tensor<2>>,
     /// Marks that were reached.
     pub passed: Vec<(RequestId, Snapshot)>,
+    /// What the prompts' own tokens are scored with.
+    pub scored: Vec<Unscored>,
+}
+
+/// Tokens of a prompt, whose scores are to be taken from the hidden states before them.
+#[derive(Debug)]
+pub(super) struct Unscored {
+    pub id: RequestId,
+    pub top_log_probs: usize,
+    /// The tokens.
+    pub ids: Vec<u32>,
+    /// `[ids, hidden]`.
+    pub hidden: Tensor<2>,
 }
 
 /// Sequences on their way through their prompts.
@@ -64,15 +79,22 @@ impl Reading {
         self.cache.bytes()
     }
 
-    /// Begins to read `prompt` after what `snapshot` holds of it.
-    pub fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, mut marks: Vec<usize>, snapshot: &Snapshot) {
+    /// Begins to read `prompt` after what `snapshot` holds of it, and to `score` what is read.
+    pub fn add(
+        &mut self,
+        sequence: Sequence,
+        prompt: Vec<u32>,
+        mut marks: Vec<usize>,
+        snapshot: &Snapshot,
+        score: bool,
+    ) {
         let (begin, total) = (snapshot.tokens().len(), prompt.len());
         // No piece is a single token, so that none takes another way through the kernels than it would have uncut.
         marks.retain(|&m| m.is_multiple_of(STRIDE) && m > begin + 1 && m + 2 <= total);
         marks.sort_unstable_by(|a, b| b.cmp(a));
         marks.dedup();
         self.cache.append([snapshot]);
-        self.readers.push(Reader { sequence, prompt, marks });
+        self.readers.push(Reader { sequence, prompt, marks, score });
     }
 
     /// Drops the sequences that `gone` names.
@@ -84,6 +106,12 @@ impl Reading {
             self.readers.retain(|reader| !gone(&reader.sequence));
         }
         removed
+    }
+
+    /// Tokens read of the prompt of a sequence that is here.
+    pub fn read(&self, of: impl Fn(&Sequence) -> bool) -> Option<usize> {
+        let row = self.readers.iter().position(|reader| of(&reader.sequence))?;
+        Some(self.cache.len(row))
     }
 
     /// What was read of the prompt of a sequence that is here.
@@ -104,11 +132,41 @@ impl Reading {
         let (mut rows, mut offsets) = (Vec::new(), Vec::new());
         for ((reader, &(start, _)), &end) in self.readers.iter().zip(&texts).zip(&ends) {
             rows.push(reader.prompt[start..end].to_vec());
-            offsets.push(if end == reader.prompt.len() { vec![end - start - 1] } else { Vec::new() });
+            let last = end - start - 1;
+            offsets.push(match (reader.score, end == reader.prompt.len()) {
+                (true, _) => (0..=last).collect(),
+                (false, true) => vec![last],
+                (false, false) => Vec::new(),
+            });
         }
-        let hidden = model.forward(&Batch::new(rows).at(offsets), Some(&mut self.cache), &mut Trace::none());
+        let counts: Vec<usize> = offsets.iter().map(Vec::len).collect();
+        let mut hidden = model.forward(&Batch::new(rows).at(offsets), Some(&mut self.cache), &mut Trace::none());
+        let mut scored = Vec::new();
+        if self.readers.iter().any(|reader| reader.score) {
+            let (mut at, mut last) = (0, Vec::new());
+            for (i, reader) in self.readers.iter().enumerate() {
+                let done = ends[i] == reader.prompt.len();
+                // What follows a prompt is drawn.
+                let count = counts[i] - usize::from(done);
+                if count > 0 {
+                    scored.push(Unscored {
+                        id: reader.sequence.id,
+                        top_log_probs: reader.sequence.top_log_probs,
+                        ids: reader.prompt[texts[i].0 + 1..][..count].to_vec(),
+                        hidden: hidden.clone().narrow(0, at, count),
+                    });
+                }
+                at += counts[i];
+                if done {
+                    last.push(hidden.clone().narrow(0, at - 1, 1));
+                }
+            }
+            if !last.is_empty() {
+                hidden = Tensor::cat(last, 0);
+            }
+        }
 
-        let (mut step, mut kept, mut going) = (Step::default(), Vec::new(), Vec::new());
+        let (mut step, mut kept, mut going) = (Step { scored, ..Step::default() }, Vec::new(), Vec::new());
         for (i, mut reader) in std::mem::take(&mut self.readers).into_iter().enumerate() {
             if ends[i] == reader.prompt.len() {
                 step.done.push((reader.sequence, self.cache.snapshot(i)));

@@ -8,7 +8,7 @@
 
 use super::pieces::{STRIDE, cut_before};
 use super::prefix_cache::{CacheStats, PrefixCache};
-use super::{BatchSettings, Batcher, Event, Keep, Request, RequestId};
+use super::{BatchSettings, Batcher, Event, Keep, Request, RequestId, Scored};
 use crate::engine::{EngineError, Finish};
 use crate::guide::Guide;
 use crate::sampler::{Sampled, Sampler};
@@ -64,8 +64,10 @@ pub struct Job {
     pub end_ids: Arc<[u32]>,
     /// The most ids drawn for each choice, an end id included; `None`: as the context allows.
     pub max_new: Option<usize>,
-    /// How many of the likeliest ids come with each drawn one.
+    /// How many of the likeliest ids come with each drawn or scored one.
     pub top_log_probs: usize,
+    /// Whether the prompt's own tokens are scored ([`Update::Scored`]); it is then read whole, whatever the cache holds.
+    pub score_prompt: bool,
 }
 
 /// What happens to a job.
@@ -76,6 +78,9 @@ pub enum Update {
         /// Tokens of it that were in the cache.
         cached: usize,
     },
+    /// More of the prompt's tokens, in their order from the second on (nothing is said of the first), before
+    /// [`Update::Read`].
+    Scored(Vec<Scored>),
     /// An id was drawn, also the one that ends the answer.
     Drawn {
         /// Index of the choice.
@@ -159,13 +164,14 @@ impl<'a> Scheduler<'a> {
     /// # Errors
     /// As [`Batcher::admit`], and [`EngineError::Empty`] for a job without choices.
     pub fn submit(&mut self, job: Job) -> Result<JobId, EngineError> {
-        let Job { prompt, turns, mut choices, end_ids, max_new, top_log_probs } = job;
+        let Job { prompt, turns, mut choices, end_ids, max_new, top_log_probs, score_prompt } = job;
         if choices.is_empty() {
             return Err(EngineError::Empty);
         }
         let max_new = max_new.or_else(|| self.room(prompt.len()));
         let Choice { sampler, guide } = choices.remove(0);
-        let leader = Request { guide, top_log_probs, ..Request::new(prompt, sampler, end_ids, max_new) };
+        let plain = Request::new(prompt, sampler, end_ids, max_new);
+        let leader = Request { guide, top_log_probs, score_prompt, ..plain };
         self.batcher.check(&leader)?;
         let id = JobId(self.ids);
         self.ids += 1;
@@ -198,6 +204,12 @@ impl<'a> Scheduler<'a> {
             }
             self.batcher.cancel(*request);
         }
+    }
+
+    /// Tokens of its prompt that a job has read; 0 before it starts, and once it has read all of them.
+    pub fn read(&self, id: JobId) -> usize {
+        let leader = self.jobs.get(&id).and_then(|running| running.requests.first());
+        leader.and_then(|&(request, _)| self.batcher.read(request)).unwrap_or(0)
     }
 
     /// Answers that are being made.
@@ -242,7 +254,7 @@ impl<'a> Scheduler<'a> {
     fn start(&mut self, updates: &mut Vec<(JobId, Update)>) {
         while self.queue.front().is_some_and(|queued| self.batcher.has_room(&queued.leader)) {
             let Some(Queued { id, mut leader, turns, followers }) = self.queue.pop_front() else { break };
-            let found = self.cache.find(&leader.prompt);
+            let found = if leader.score_prompt { None } else { self.cache.find(&leader.prompt) };
             let (cached, exact) = found.as_ref().map_or((0, true), |f| (f.prefix.tokens().len(), f.exact));
             leader.prefix = found.map(|found| found.prefix);
             leader.keep = Keep {
@@ -273,13 +285,13 @@ impl<'a> Scheduler<'a> {
 
     fn take(&mut self, event: Event, updates: &mut Vec<(JobId, Update)>) {
         let request = match &event {
-            Event::Passed { id, .. } | Event::Read { id, .. } => *id,
+            Event::Passed { id, .. } | Event::Scored { id, .. } | Event::Read { id, .. } => *id,
             Event::Drawn { id, .. } | Event::Finished { id, .. } | Event::Failed { id, .. } => *id,
         };
         let Some(&job) = self.owners.get(&request) else { return };
         let Some(running) = self.jobs.get_mut(&job) else { return };
         let choice = running.requests.iter().find(|r| r.0 == request).map_or(0, |r| r.1);
-        let read_now = !matches!(event, Event::Passed { .. } | Event::Failed { .. });
+        let read_now = !matches!(event, Event::Passed { .. } | Event::Scored { .. } | Event::Failed { .. });
         if read_now && !std::mem::replace(&mut running.read, true) {
             updates.push((job, Update::Read { cached: running.cached }));
         }
@@ -289,6 +301,7 @@ impl<'a> Scheduler<'a> {
                     self.cache.insert(snapshot, running.exact);
                 }
             }
+            Event::Scored { tokens, .. } => updates.push((job, Update::Scored(tokens))),
             Event::Read { prefix, .. } => {
                 let prompt = prefix.tokens().to_vec();
                 for (i, Choice { sampler, guide }) in std::mem::take(&mut running.followers).into_iter().enumerate() {
@@ -368,7 +381,8 @@ mod tests {
     }
 
     fn job(prompt: Vec<u32>, turns: Vec<usize>, choices: Vec<Choice>, max_new: usize) -> Job {
-        Job { prompt, turns, choices, end_ids: Arc::default(), max_new: Some(max_new), top_log_probs: 0 }
+        let (end_ids, max_new) = (Arc::default(), Some(max_new));
+        Job { prompt, turns, choices, end_ids, max_new, top_log_probs: 0, score_prompt: false }
     }
 
     /// What came of a job: ids with the bits of their log-probabilities by choice, and the tokens that were cached.
@@ -389,6 +403,7 @@ mod tests {
                 }
                 Update::Finished { .. } => self.ended += 1,
                 Update::Failed(error) => panic!("{error}"),
+                Update::Scored(_) => panic!("nobody asked"),
             }
         }
 

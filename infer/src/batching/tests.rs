@@ -1,8 +1,9 @@
 //! What a sequence gives in a batch is what it gives alone, to the bit.
 
 use super::*;
-use crate::engine::{Engine, tests::tiny};
-use crate::sampler::SamplingOptions;
+use crate::engine::{Engine, tests::tiny, to_host};
+use crate::sampler::{SamplingOptions, log_probs};
+use m1_model::{Batch, Cache, Trace};
 use std::collections::HashMap;
 
 const VOCAB: usize = 96;
@@ -67,6 +68,7 @@ struct Seen {
     results: HashMap<RequestId, Outcome>,
     prefixes: HashMap<RequestId, Arc<Prefix>>,
     passed: HashMap<RequestId, Vec<Snapshot>>,
+    scores: HashMap<RequestId, Vec<Scored>>,
 }
 
 impl Seen {
@@ -83,6 +85,7 @@ impl Seen {
                     assert_eq!(self.results.entry(id).or_default().1.replace(finish), None);
                 }
                 Event::Passed { id, snapshot } => self.passed.entry(id).or_default().push(snapshot),
+                Event::Scored { id, tokens } => self.scores.entry(id).or_default().extend(tokens),
                 Event::Failed { id, error } => panic!("{id:?}: {error}"),
             }
         }
@@ -163,6 +166,8 @@ fn a_prefix_is_read_once_and_changes_nothing() {
             assert_eq!(seen.results[id], alone(&engine, request), "request {i}, {budget}");
             assert_eq!(seen.prefixes.contains_key(id), request.keep.prompt);
             if request.keep.prompt {
+                let mut session = engine.session();
+                session.read(&shared, &mut |_, _| true).unwrap();
                 session.read(&request.prompt, &mut |_, _| true).unwrap();
                 assert_eq!(seen.prefixes[id].logits, session.logits());
             }
@@ -394,4 +399,54 @@ fn guides_and_the_likeliest_ids() {
     }
     assert_eq!((drawn[&guided].len(), drawn[&free].len(), drawn[&guided][2]), (5, 9, 31));
     assert_eq!(failed, Some((guided, EngineError::Guide(crate::guide::GuideError("five are enough".into())))));
+}
+
+/// A prompt's scores are those of the whole text read at once, to the bit, wherever it is cut and whoever reads beside it;
+/// and they change nothing of what is drawn.
+#[test]
+fn prompts_are_scored() {
+    let engine = tiny(VOCAB, CONTEXT);
+    let model = engine.model();
+    let whole = |prompt: &[u32]| -> Vec<(u32, u32)> {
+        let at = vec![(0..prompt.len()).collect()];
+        let batch = Batch::new(vec![prompt.to_vec()]).at(at);
+        let hidden =
+            model.forward(&batch, Some(&mut Cache::new(model.config(), 1, &model.device())), &mut Trace::none());
+        let logits = to_host(model.logits(hidden)).unwrap();
+        let next = prompt.iter().skip(1).zip(logits.chunks_exact(VOCAB));
+        next.map(|(&id, logits)| (id, log_probs(logits)[id as usize].to_bits())).collect()
+    };
+    for budget in [64, 512] {
+        let mut batcher = Batcher::new(model, settings(5, budget));
+        let lengths = [1, 2, 64, 65, 131, 300];
+        let requests: Vec<Request> = (lengths.iter().enumerate())
+            .map(|(i, &n)| Request {
+                score_prompt: i != 3,
+                top_log_probs: 2,
+                max_new: Some(i % 3),
+                ..request(i, text(n, i), None)
+            })
+            .collect();
+        let ids: Vec<RequestId> = (requests.iter())
+            .map(|r| {
+                let (score_prompt, top_log_probs) = (r.score_prompt, r.top_log_probs);
+                batcher.admit(Request { score_prompt, top_log_probs, ..again(r) }).unwrap()
+            })
+            .collect();
+        let mut seen = Seen::default();
+        while !batcher.is_idle() {
+            seen.step(&mut batcher);
+        }
+        for ((request, id), n) in requests.iter().zip(&ids).zip(lengths) {
+            assert_eq!(seen.results[id], alone(&engine, request), "{n} tokens, {budget}");
+            let got = seen.scores.remove(id).unwrap_or_default();
+            let wanted = if request.score_prompt { whole(&request.prompt) } else { Vec::new() };
+            let bits: Vec<(u32, u32)> = got.iter().map(|s| (s.id, s.log_prob.to_bits())).collect();
+            assert_eq!(bits, wanted, "{n} tokens, {budget}");
+            for Scored { id, log_prob, top } in got {
+                assert!(top.len() == 2 && top[0].1 >= top[1].1 && top[1].1 <= 0.0);
+                assert!(log_prob <= top[0].1 && top.iter().all(|t| t.0 != id || t.1 == log_prob));
+            }
+        }
+    }
 }

@@ -4,6 +4,7 @@ use super::common::{ModelArgs, SamplingArgs, whole};
 use crate::chat::Stats;
 use crate::engine::Finish;
 use crate::interrupt::{self, Busy};
+use crate::progress::ReadingBar;
 use crate::render::printable;
 use crate::stop::StopStrings;
 use crate::stream::TextStream;
@@ -72,7 +73,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let busy = Busy::begin();
     let start = Instant::now();
     let mut session = assets.engine.session();
-    let prefill = match session.read(&ids, &mut |_, _| !busy.stopped()) {
+    let mut bar = ReadingBar::begin();
+    let mut watch = |read, total| {
+        bar.show(read, total);
+        !busy.stopped()
+    };
+    let prefill = session.read(&ids, &mut watch);
+    bar.clear();
+    let prefill = match prefill {
         Err(_) if busy.stopped() => std::process::exit(interrupt::EXIT_STATUS),
         prefill => prefill?,
     };

@@ -131,6 +131,7 @@ impl ChatRequest {
             end_ids: service.end_ids.clone(),
             max_new: self.max_new,
             top_log_probs: self.top_logprobs.unwrap_or(0),
+            score_prompt: false,
         };
         Ok(Order { job, voices, stops: !self.params.stops.is_empty(), param: "messages" })
     }

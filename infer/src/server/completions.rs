@@ -13,6 +13,7 @@ use super::sse::Events;
 use super::state::{App, Service, Shared};
 use super::stream::{self, Broken};
 use super::worker::{Choice, Job};
+use crate::batching::Scored;
 use crate::reply::Delta;
 use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
@@ -100,15 +101,12 @@ impl CompletionRequest {
         let prompt = fields.value("prompt").ok_or_else(|| ApiError::field("prompt", "prompt is missing"))?;
         let echo = fields.flag("echo")?.unwrap_or(false);
         let logprobs = fields.whole("logprobs", 0..=MAX_TOP)?;
-        if echo && logprobs.is_some() {
-            return Err(ApiError::unsupported("logprobs", "a prompt's own tokens are not scored, so not with echo"));
-        }
         let max_new = fields.whole("max_tokens", 0..=usize::MAX)?.unwrap_or(MAX_TOKENS);
         Ok(Self { params, prompts: prompts(&prompt)?, echo, logprobs, max_new })
     }
 
-    /// An order for each prompt, with the text that an answer begins with.
-    fn orders(&self, service: &Service) -> Result<Vec<(String, Order)>, ApiError> {
+    /// An order for each prompt, with what an answer begins with.
+    fn orders(&self, service: &Service) -> Result<Vec<(Echo, Order)>, ApiError> {
         let tokenizer = &service.assets.tokenizer;
         let order = |text: &Text| {
             let (prompt, written) = match text {
@@ -122,6 +120,10 @@ impl CompletionRequest {
                 let sampler = self.params.sampler(&service.sampler, i)?;
                 Ok(Choice { sampler, guide: None })
             });
+            let echo = Echo {
+                text: if self.echo { written } else { String::new() },
+                first: prompt.first().copied().filter(|_| self.echo && self.logprobs.is_some()),
+            };
             let job = Job {
                 turns: vec![prompt.len()],
                 prompt,
@@ -129,11 +131,12 @@ impl CompletionRequest {
                 end_ids: service.end_ids.clone(),
                 max_new: Some(self.max_new),
                 top_log_probs: self.logprobs.unwrap_or(0),
+                score_prompt: echo.first.is_some(),
             };
             let stops = &self.params.stops;
             let voices = (0..self.params.n).map(|_| Voice::plain(tokenizer.clone(), stops)).collect();
             let order = Order { job, voices, stops: !stops.is_empty(), param: "prompt" };
-            Ok((if self.echo { written } else { String::new() }, order))
+            Ok((echo, order))
         };
         self.prompts.iter().map(order).collect()
     }
@@ -152,12 +155,21 @@ fn prompts(value: &Value) -> Result<Vec<Text>, ApiError> {
     read.ok_or_else(|| wrong("prompt", value, expected))
 }
 
+/// What an answer begins with.
+#[derive(Debug, Clone, Default)]
+struct Echo {
+    /// The prompt, or nothing.
+    text: String,
+    /// Its first id, if its tokens are told with their log-probabilities.
+    first: Option<u32>,
+}
+
 /// One prompt's answers under way.
 struct Run {
     /// Index of its first choice in the response.
     first: usize,
     n: usize,
-    echo: String,
+    echo: Echo,
     generation: Generation,
 }
 
@@ -175,6 +187,16 @@ impl Offsets {
 
     fn push(&mut self, tokenizer: &Tokenizer, event: &Event) {
         if let Some((scored, _)) = &event.scored {
+            self.lists.push(tokenizer, scored, self.at);
+            self.at += self.text.push(scored.id).chars().count();
+        }
+    }
+
+    /// Begins with the prompt.
+    fn echo(&mut self, tokenizer: &Tokenizer, first: u32, scores: &[Scored]) {
+        self.lists.push_first(tokenizer, first);
+        self.at += self.text.push(first).chars().count();
+        for scored in scores {
             self.lists.push(tokenizer, scored, self.at);
             self.at += self.text.push(scored.id).chars().count();
         }
@@ -227,9 +249,13 @@ impl Frame {
     }
 
     async fn gather(&self, mut run: Run) -> Result<(Vec<Value>, Usage), ApiError> {
-        let begin = || (run.echo.clone(), Offsets::new(&self.tokenizer), None::<Reason>);
+        let begin = || (run.echo.text.clone(), Offsets::new(&self.tokenizer), None::<Reason>);
         let mut choices: Vec<_> = (0..run.n).map(|_| begin()).collect();
         while let Some(event) = run.generation.next().await? {
+            if let Some(first) = run.echo.first.take() {
+                let scores = run.generation.prompt_scores();
+                choices.iter_mut().for_each(|choice| choice.1.echo(&self.tokenizer, first, scores));
+            }
             let (text, offsets, reason) = &mut choices[event.choice];
             offsets.push(&self.tokenizer, &event);
             text.push_str(&said(&event.deltas));
@@ -272,14 +298,28 @@ impl Frame {
             }
             chunk
         };
-        if !run.echo.is_empty() {
-            for index in 0..run.n {
-                let begin = chunk(index, &run.echo, Value::Null, None);
+        let mut offsets: Vec<Offsets> = (0..run.n).map(|_| Offsets::new(&self.tokenizer)).collect();
+        // An echo with scores waits until the prompt has been read.
+        let mut event = match run.echo.first {
+            Some(_) => stream::next(&mut run.generation, events).await?,
+            None => None,
+        };
+        if let Some(first) = run.echo.first {
+            let scores = run.generation.prompt_scores();
+            offsets.iter_mut().for_each(|offsets| offsets.echo(&self.tokenizer, first, scores));
+        }
+        if !run.echo.text.is_empty() {
+            for (index, offsets) in offsets.iter_mut().enumerate() {
+                let begin = chunk(index, &run.echo.text, offsets.take(), None);
                 stream::send(&mut run.generation, events, &begin).await?;
             }
         }
-        let mut offsets: Vec<Offsets> = (0..run.n).map(|_| Offsets::new(&self.tokenizer)).collect();
-        while let Some(event) = stream::next(&mut run.generation, events).await? {
+        loop {
+            let next = match event.take() {
+                Some(event) => Some(event),
+                None => stream::next(&mut run.generation, events).await?,
+            };
+            let Some(event) = next else { break };
             let text = said(&event.deltas);
             let offsets = &mut offsets[event.choice];
             if self.logprobs {
@@ -339,7 +379,6 @@ mod tests {
             (r#"{"prompt": "a", "best_of": 2}"#, "best_of"),
             (r#"{"prompt": "a", "suffix": "b"}"#, "suffix"),
             (r#"{"prompt": "a", "logprobs": true}"#, "logprobs"),
-            (r#"{"prompt": "a", "logprobs": 1, "echo": true}"#, "logprobs"),
             (r#"{"prompt": "a", "messages": []}"#, "messages"),
         ] {
             assert_eq!(take(text).unwrap_err().param.as_deref(), Some(param), "{text}");

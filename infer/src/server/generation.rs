@@ -2,10 +2,10 @@
 //! server's end act here; dropping a [`Generation`] cancels what is left of the job.
 
 use super::error::ApiError;
-use super::logprobs::Scored;
 use super::record::Record;
 use super::state::{App, Phase, Service};
 use super::worker::{Job, SubmitError, Update};
+use crate::batching::Scored;
 use crate::engine::{EngineError, Finish};
 use crate::guide::{Guide, GuideError, Next};
 use crate::reply::{Delta, Reply};
@@ -167,6 +167,7 @@ pub struct Generation {
     first: Option<Update>,
     answers: Vec<Answer>,
     end_ids: Arc<[u32]>,
+    prompt_scores: Vec<Scored>,
     usage: Usage,
     param: &'static str,
     limit: Limit,
@@ -193,6 +194,7 @@ impl Generation {
         Ok(Self {
             answers: answers.collect(),
             end_ids: order.job.end_ids.clone(),
+            prompt_scores: Vec::new(),
             usage,
             param: order.param,
             limit: Limit::new(app, record),
@@ -236,6 +238,11 @@ impl Generation {
         self.limit.reached().await
     }
 
+    /// The prompt's tokens from the second on, where the job asks for them: all are here before the first event.
+    pub fn prompt_scores(&self) -> &[Scored] {
+        &self.prompt_scores
+    }
+
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
         let reasoning = self.answers.iter().map(|answer| answer.voice.reasoning_tokens()).sum();
@@ -247,6 +254,10 @@ impl Generation {
             Update::Read { cached } => {
                 self.usage.cached = cached;
                 self.record.read(self.usage.prompt, cached);
+                Ok(None)
+            }
+            Update::Scored(tokens) => {
+                self.prompt_scores.extend(tokens);
                 Ok(None)
             }
             Update::Drawn { choice, token, top } => {
@@ -409,6 +420,7 @@ mod tests {
             first: None,
             answers: flags.iter().map(answer).collect(),
             end_ids: vec![256].into(),
+            prompt_scores: Vec::new(),
             usage: Usage { prompt: 3, ..Usage::default() },
             param: "prompt",
             limit: Limit::new(app, &record),

@@ -1,26 +1,8 @@
 //! Log-probabilities as OpenAI's two routes write them.
 
-use crate::sampler::Sampled;
+use crate::batching::Scored;
 use crate::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
-
-/// A drawn token with the likeliest ones at its place.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Scored {
-    /// The id.
-    pub id: u32,
-    /// Its log-probability under the model.
-    pub log_prob: f32,
-    /// Likeliest ids, likeliest first.
-    pub top: Vec<(u32, f32)>,
-}
-
-impl Scored {
-    /// Of a drawn id.
-    pub fn new(token: &Sampled, top: Vec<(u32, f32)>) -> Self {
-        Self { id: token.id, log_prob: token.log_prob, top }
-    }
-}
 
 /// Chat's form: `{"token", "logprob", "bytes", "top_logprobs"}`.
 pub fn chat(tokenizer: &Tokenizer, scored: &Scored) -> Value {
@@ -65,6 +47,14 @@ impl Lists {
         let top = all.map(|(id, log_prob)| (shown(tokenizer, id), number(log_prob)));
         self.top.push(Value::Object(top.collect::<Map<_, _>>()));
         self.offsets.push(offset.into());
+    }
+
+    /// Adds a token of which the model says nothing: a text's first.
+    pub fn push_first(&mut self, tokenizer: &Tokenizer, id: u32) {
+        self.tokens.push(shown(tokenizer, id).into());
+        self.log_probs.push(Value::Null);
+        self.top.push(Value::Null);
+        self.offsets.push(0.into());
     }
 
     /// Whether there is nothing.

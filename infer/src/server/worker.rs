@@ -208,6 +208,7 @@ impl Worker {
                 self.figures.prompt_tokens += listener.prompt as u64;
                 self.figures.cached_tokens += *cached as u64;
             }
+            Update::Scored(_) => {}
             Update::Drawn { .. } => self.figures.drawn_tokens += 1,
             Update::Finished { .. } => listener.choices -= 1,
             Update::Failed(_) => listener.choices = 0,
@@ -262,6 +263,7 @@ mod tests {
             end_ids: Arc::default(),
             max_new: Some(max_new),
             top_log_probs: 0,
+            score_prompt: false,
         }
     }
 
