@@ -2,6 +2,8 @@
 
     python llama.py bench  LIBRARIES models/small-q8_0.gguf 'pp512,tg128 @ d4096' --repetitions 3
     python llama.py batch  LIBRARIES models/nano-bf16.gguf 1,4,16 --repetitions 3
+    python llama.py turn   LIBRARIES models/nano-bf16.gguf 8144,23
+    python llama.py first  LIBRARIES models/nano-bf16.gguf 16384,20
     python llama.py logits LIBRARIES models/nano-f32.gguf ids.json logits.npy
 
 As llama-bench does it: f16 keys and values, flash attention as llama.cpp chooses, micro-batches of 512, a thread pool that
@@ -61,7 +63,7 @@ class Llama:
             ("model_load_from_file", c_void_p, [c_char_p, ModelParams]), ("init_from_model", c_void_p, [c_void_p, ContextParams]),
             ("free", None, [c_void_p]), ("decode", c_int32, [c_void_p, Batch]), ("synchronize", None, [c_void_p]),
             ("get_logits_ith", POINTER(c_float), [c_void_p, c_int32]), ("get_memory", c_void_p, [c_void_p]),
-            ("memory_clear", None, [c_void_p, c_bool]), ("batch_init", Batch, [c_int32] * 3), ("log_set", None, [LOG, c_void_p]),
+            ("memory_clear", None, [c_void_p, c_bool]), ("memory_seq_rm", c_bool, [c_void_p] + [c_int32] * 3), ("batch_init", Batch, [c_int32] * 3), ("log_set", None, [LOG, c_void_p]),
             ("model_get_vocab", c_void_p, [c_void_p]), ("vocab_n_tokens", c_int32, [c_void_p]), ("version", c_char_p, []),
             ("attach_threadpool", None, [c_void_p] * 3),
             ("state_seq_get_size", c_size_t, [c_void_p, c_int32]), ("state_seq_get_data", c_size_t, [c_void_p, c_void_p, c_size_t, c_int32]),
@@ -195,6 +197,63 @@ def batch(a):
         print(json.dumps({"engine": f"llama.cpp {llama.version}", "model": os.path.basename(a.model), "at_once": n, "tokens_per_second": round(np.median(rates), 1)}))
 
 
+def turn(a):
+    """The second turn of a conversation: all of it read, or only what is new, after a state that is there or was saved."""
+    llama = Llama(a.libraries, a.model, a.threads)
+    rng = np.random.default_rng(1)
+    old, new = ([rng.integers(0, llama.vocab, n).tolist() for n in map(int, a.tests.split(","))])
+    llama.open(len(old) + len(new) + 32)
+
+    def seconds(*steps):
+        begin = time.perf_counter()
+        for step in steps:
+            step()
+        return time.perf_counter() - begin
+
+    runs = []
+    for _ in range(a.repetitions):
+        llama.restore((None, 0, 0))
+        cold = seconds(lambda: llama.feed(old + new))
+        llama.restore((None, 0, 0))
+        llama.feed(old)
+        saved = llama.save()
+        here = seconds(lambda: llama.feed(new))
+        runs.append((cold, here, seconds(lambda: llama.restore(saved), lambda: llama.feed(new))))
+    cold, here, restored = (1000 * np.median(times) for times in zip(*runs))
+    print(json.dumps({"engine": f"llama.cpp {llama.version}", "model": os.path.basename(a.model), "tokens": len(old) + len(new), "new": len(new),
+        "cold_ms": round(cold, 1), "state_there_ms": round(here, 1), "state_restored_ms": round(restored, 1), "state_bytes": saved[1]}))
+
+
+def first(a):
+    """Logits of a short prompt that comes while a long one is read, both in micro-batches of 512 tokens: it waits for the one under
+    way and goes with the next, as a server over the library could do it at best."""
+    llama = Llama(a.libraries, a.model, a.threads)
+    rng = np.random.default_rng(1)
+    long, short = map(int, a.tests.split(","))
+    waits = []
+    for _ in range(a.repetitions):
+        llama.open(2 * (long + 512), sequences=2)
+        times, b = [], llama.batch
+        for start in range(0, long, 512 - short):
+            texts = [(0, start, min(512 - short, long - start)), (1, 0, short)]
+            i = 0
+            for sequence, position, count in texts:
+                for at in range(count):
+                    b.token[i], b.pos[i], b.n_seq_id[i] = int(rng.integers(0, llama.vocab)), position + at, 1
+                    b.seq_id[i][0], b.logits[i] = sequence, at == count - 1
+                    i += 1
+            b.n_tokens = i
+            begin = time.perf_counter()
+            assert llama.lib.llama_decode(llama.context, b) == 0
+            llama.lib.llama_synchronize(llama.context)
+            times.append(time.perf_counter() - begin)
+            assert llama.lib.llama_memory_seq_rm(llama.lib.llama_get_memory(llama.context), 1, -1, -1)
+        for now, then in zip(times, times[1:]):
+            waits += [part / 20 * now + then for part in range(20)]
+    p50, p99 = (1000 * np.quantile(waits, q) for q in (0.5, 0.99))
+    print(json.dumps({"engine": f"llama.cpp {llama.version}", "model": os.path.basename(a.model), "beside": long, "p50_ms": round(p50, 1), "p99_ms": round(p99, 1)}))
+
+
 def logits(a):
     llama = Llama(a.libraries, a.model, a.threads)
     ids = json.load(open(a.tests))[0]
@@ -203,7 +262,7 @@ def logits(a):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("what", choices=["bench", "batch", "logits"])
+parser.add_argument("what", choices=["bench", "batch", "turn", "first", "logits"])
 parser.add_argument("libraries")
 parser.add_argument("model")
 parser.add_argument("tests")
@@ -211,4 +270,4 @@ parser.add_argument("out", nargs="?")
 parser.add_argument("--repetitions", type=int, default=3)
 parser.add_argument("--threads", type=int, default=os.cpu_count())
 a = parser.parse_args()
-{"bench": bench, "batch": batch, "logits": logits}[a.what](a)
+{"bench": bench, "batch": batch, "turn": turn, "first": first, "logits": logits}[a.what](a)

@@ -2,6 +2,8 @@
 
     m1 serve --model DIR --port 8000 --parallel 16 &
     python3 tests/serve/speed.py --url http://127.0.0.1:8000 [--only batch,prefill,turn]
+    m1 serve --model DIR --port 8000 --context 131072 &
+    python3 tests/serve/speed.py --url http://127.0.0.1:8000 --only long --pid $!
 
 Only Python's standard library. Prompts are token ids, so that any server of the same vocabulary does the same work; ids that
 end a text are forbidden by `logit_bias`, so that each reply has its full length. One line of JSON for each figure.
@@ -16,6 +18,7 @@ parser.add_argument("--vocab", type=int, default=200, help="ids of the prompts a
 parser.add_argument("--end", default="", help="ids that end a text, comma-separated: forbidden")
 parser.add_argument("--tokens", type=int, default=128, help="tokens of each reply of the batch")
 parser.add_argument("--rounds", type=int, default=3)
+parser.add_argument("--pid", type=int, help="the server's process, whose memory is told in the long conversation")
 a = parser.parse_args()
 where = urlparse(a.url)
 bias = {id: -100 for id in a.end.split(",") if id}
@@ -52,6 +55,37 @@ def first_token(path, body):
                 if first is None and (choice.get("text") or delta.get("content") or delta.get("reasoning_content")):
                     first = time.perf_counter() - begin
     return first, usage
+
+
+def tokens_of(body):
+    """When each token of a reply comes, and how many come with it; the usage at the end."""
+    connection = connect()
+    asked = body | {"stream": True, "logprobs": 0, "stream_options": {"include_usage": True}}
+    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    for line in answer:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            tokens = sum(len((choice.get("logprobs") or {}).get("tokens", [])) for choice in event["choices"])
+            yield time.perf_counter(), tokens, event.get("usage")
+
+
+def gaps(body, enough):
+    """Seconds between the tokens of a reply, until it is enough of it."""
+    times = []
+    for now, tokens, _ in tokens_of(body):
+        times += [now] * min(tokens, 1)
+        if enough():
+            break
+    return [b - a for a, b in zip(times, times[1:])]
+
+
+def rate(body):
+    """Tokens a second between the first and the last of a reply, and its usage."""
+    events = list(tokens_of(body))
+    come = [(now, tokens) for now, tokens, _ in events if tokens]
+    return sum(tokens for _, tokens in come[1:]) / (come[-1][0] - come[0][0]), events[-1][2]
 
 
 def prompt(n, seed):
@@ -97,10 +131,11 @@ def batch():
 
 
 def prefill():
-    """First words of short requests, alone and while a prompt of 16K tokens is read."""
+    """First words of short requests, and the gaps in a reply under way, alone and while a prompt of 16K tokens is read."""
     short = lambda i: first_token("/v1/completions", completion(20, i, 2))[0]
     alone = [short(i) for i in range(40)]
-    times, took = [], 0
+    gaps_alone = gaps(completion(20, 1, 200), lambda: False)
+    times, waits, took = [], [], 0
     for round in range(a.rounds):
         done = threading.Event()
 
@@ -112,6 +147,9 @@ def prefill():
             done.set()
 
         thread = threading.Thread(target=long)
+        reply = threading.Thread(target=lambda: waits.extend(gaps(completion(20, 3000 + round, 3000), done.is_set)))
+        reply.start()
+        time.sleep(0.3)
         thread.start()
         i = 0
         while not done.is_set():
@@ -119,9 +157,12 @@ def prefill():
             i += 1
             time.sleep(0.01)
         thread.join()
+        reply.join()
     ms = lambda values, q: round_(1000 * sorted(values)[min(len(values) - 1, int(q * len(values)))])
     tell(test="first token", beside="nothing", requests=len(alone), p50_ms=ms(alone, 0.5), p99_ms=ms(alone, 0.99))
     tell(test="first token", beside="a prompt of 16384 tokens", requests=len(times), p50_ms=ms(times, 0.5), p99_ms=ms(times, 0.99), prompt_s=round_(took))
+    for beside, values in [("nothing", gaps_alone), ("a prompt of 16384 tokens, and short ones", waits)]:
+        tell(test="between tokens", beside=beside, tokens=len(values), p50_ms=ms(values, 0.5), p99_ms=ms(values, 0.99), most_ms=ms(values, 1))
 
 
 def turn():
@@ -144,9 +185,30 @@ def turn():
     tell(test="second turn", prompt_tokens=tokens, cached_tokens=cached, cold_ms=round_(1000 * cold), cached_ms=round_(1000 * warm), ratio=round_(cold / warm))
 
 
+def memory():
+    """MiB of the server's process."""
+    if a.pid:
+        status = dict(line.split(":", 1) for line in open(f"/proc/{a.pid}/status"))
+        return {"resident_mib": int(status["VmRSS"].split()[0]) // 1024, "most_mib": int(status["VmHWM"].split()[0]) // 1024}
+    return {}
+
+
+def long():
+    """A conversation that grows to 100,000 tokens, 4,096 a turn; then as many at once, of another text."""
+    text = prompt(100_000, 77)
+    for tokens in [1000, *range(4096, 100_000, 4096), 100_000]:
+        begin = time.perf_counter()
+        speed, usage = rate(completion(0, 1, 65) | {"prompt": text[:tokens]})
+        tell(test="long", prompt_tokens=tokens, cached_tokens=usage["prompt_tokens_details"]["cached_tokens"], tokens_per_second=round_(speed), seconds=round_(time.perf_counter() - begin), **memory())
+    begin = time.perf_counter()
+    speed, usage = rate(completion(100_000, 78, 65))
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    tell(test="long, read at once", prompt_tokens=100_000, tokens_per_second=round_(speed), seconds=round_(time.perf_counter() - begin), **memory())
+
+
 def round_(x):
     return float(f"{x:.4g}")
 
 
 for name in a.only.split(","):
-    {"batch": batch, "prefill": prefill, "turn": turn}[name]()
+    {"batch": batch, "prefill": prefill, "turn": turn, "long": long}[name]()
