@@ -265,6 +265,33 @@ fn broken_calls_are_left_out_of_the_whole() {
     assert!(reply.called_tools());
 }
 
+/// Wherever a limit cuts a sound reply off: its parts are what a client makes of the stream.
+#[test]
+fn a_reply_that_is_cut_off_is_the_sum_of_its_stream() {
+    for tokenizer in [nano(), bytes()] {
+        let ids = tokenizer.encode(USUAL, false).unwrap();
+        let mut partial = 0;
+        for end in 0..=ids.len() {
+            let mut reply = Reply::new(tokenizer.clone(), settings(Start::Before, true, &[]));
+            let mut deltas: Vec<Delta> = ids[..end].iter().flat_map(|&id| reply.push(id)).collect();
+            deltas.extend(reply.cut());
+            let mut calls: Vec<(String, String)> = Vec::new();
+            for delta in &deltas {
+                match delta {
+                    Delta::ToolCall { name, .. } => calls.push((name.clone(), String::new())),
+                    Delta::ToolArguments { index, fragment } => calls[*index].1.push_str(fragment),
+                    Delta::ToolBroken { .. } => panic!("{:?}", tokenizer.decode(&ids[..end])),
+                    Delta::Reasoning(_) | Delta::Content(_) => (),
+                }
+            }
+            let found = parts(deltas).calls.into_iter().map(|call| (call.name, call.arguments));
+            assert_eq!(found.collect::<Vec<_>>(), calls);
+            partial += usize::from(calls.iter().any(|(_, a)| serde_json::from_str::<serde_json::Value>(a).is_err()));
+        }
+        assert!(partial > 3, "{partial}");
+    }
+}
+
 #[test]
 fn call_ids_are_their_seeds() {
     let ids = |seed| {
