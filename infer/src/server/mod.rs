@@ -154,3 +154,41 @@ impl Signals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batching::BatchSettings;
+    use crate::engine::tests::tiny;
+    use crate::generation_config::GenerationConfig;
+    use crate::tokenizer::tests::byte_level;
+    use axum::extract::State;
+    use std::time::Instant;
+
+    #[test]
+    fn a_server_without_its_engine_is_not_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Arc::new(byte_level(dir.path(), &["x", "y"]));
+        let (engine, generation) = (tiny(96, 200), GenerationConfig::default());
+        let assets = Assets { engine, tokenizer, generation, end_ids: Vec::new() };
+        let app = App::new(Settings::default());
+        let health = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(tokens::health(State(app.clone())))
+        };
+        assert_eq!(health().unwrap_err().message, "the model is being loaded");
+        app.ready(service(assets, |_| SchedulerSettings::new(BatchSettings::new(1, 200), 1 << 20), 8).unwrap());
+        assert_eq!(health().unwrap().status(), 200);
+        app.loaded().unwrap().engine.stop();
+        let start = Instant::now();
+        let error = loop {
+            match health() {
+                Ok(_) => assert!(start.elapsed() < Duration::from_secs(60), "still well"),
+                Err(error) => break error,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        assert_eq!(error.status, 503);
+        assert!(error.message.starts_with("the engine has ended"), "{error}");
+    }
+}
