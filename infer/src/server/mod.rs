@@ -27,6 +27,7 @@ use crate::batching::SchedulerSettings;
 use crate::guide::Grammars;
 use crate::prompt::Prompter;
 use anyhow::{Context, anyhow};
+use listener::{Patience, Patient, Requests};
 use state::{App, Phase, Service, Settings};
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,7 +76,9 @@ async fn serve(
     let draining = async move {
         let _ = phase.wait_for(|&phase| phase > Phase::Serving).await;
     };
-    let server = axum::serve(listener::Patient(listener), router::router(app.clone()));
+    let listener = Patient::new(listener, Patience::default());
+    let router = router::router(app.clone()).into_make_service_with_connect_info::<Requests>();
+    let server = axum::serve(listener, router);
     let mut server = tokio::spawn(server.with_graceful_shutdown(draining).into_future());
 
     // A thread of its own: a model that is being loaded must not hold up the end.
