@@ -356,6 +356,23 @@ fn tokens_there_and_back() {
     let page = tiny.get("/");
     assert!(page.status == 200 && page.headers.contains("content-type: text/html") && page.body.contains("<html"));
     assert!(page.headers.contains("x-request-id: "));
+    for wanted in ["cache-control: no-cache", "x-content-type-options: nosniff", "referrer-policy: no-referrer"] {
+        assert!(page.headers.contains(wanted), "{wanted}: {}", page.headers);
+    }
+    let policy = |page: &Response| {
+        let line = page.headers.lines().find_map(|line| line.strip_prefix("content-security-policy: "));
+        line.unwrap_or_default().to_string()
+    };
+    let found = policy(&page);
+    assert!(found.contains("default-src 'none'") && found.contains("frame-ancestors 'none'"), "{found}");
+    // The page's own script and style, and no others.
+    let nonce = found.split("script-src 'nonce-").nth(1).and_then(|rest| rest.split('\'').next()).unwrap();
+    assert!(!found.contains("unsafe") && found.contains(&format!("style-src 'nonce-{nonce}'")), "{found}");
+    for tag in ["script", "style"] {
+        assert_eq!(page.body.matches(&format!("<{tag}")).count(), 1, "{tag}");
+        assert!(page.body.contains(&format!("<{tag} nonce=\"{nonce}\">")), "{tag}");
+    }
+    assert_ne!(policy(&tiny.get("/")), found);
 }
 
 #[test]
