@@ -150,8 +150,17 @@ impl Reply {
         std::mem::take(&mut self.deltas)
     }
 
-    /// What was held back, at the end of the reply, however it ended. Call it once.
+    /// What was held back, at the end of a reply that ended by itself. Call it (or [`Self::cut`]) once.
     pub fn finish(&mut self) -> Vec<Delta> {
+        self.end(ToolParser::finish)
+    }
+
+    /// The same of a reply that a limit has cut off: a call under way stays as far as it came, as OpenAI has it.
+    pub fn cut(&mut self) -> Vec<Delta> {
+        self.end(ToolParser::cut)
+    }
+
+    fn end(&mut self, calls: fn(&mut ToolParser) -> Vec<ToolEvent>) -> Vec<Delta> {
         if self.stopped() {
             return Vec::new();
         }
@@ -160,7 +169,7 @@ impl Reply {
         let pieces = self.think.finish();
         self.pieces(pieces);
         if let Some(tools) = &mut self.tools {
-            let events = tools.finish();
+            let events = calls(tools);
             self.events(events);
         }
         self.content.end(&mut self.deltas);
@@ -409,7 +418,7 @@ pub struct Parts {
     pub reasoning: Option<String>,
     /// The content; empty if there was none.
     pub content: String,
-    /// The calls that are whole.
+    /// The calls, none of them broken; the last one may be cut off.
     pub calls: Vec<ToolCall>,
     indices: Vec<usize>,
 }

@@ -1,5 +1,8 @@
 //! Tells the model's `<think>…</think>` apart from its answer while the text streams in. A tag may arrive split over
 //! several tokens, so the beginning of a tag is held back; no part of a tag ever reaches a piece.
+//!
+//! A model whose thought was ended for it (by a budget, by the prompt) may still write the `</think>` it had in mind: one
+//! that comes before any of the answer belongs to the block's end, with the white space before it.
 
 use crate::stop::overlap;
 
@@ -47,6 +50,8 @@ pub enum Piece {
 pub struct ThinkSplitter {
     state: Start,
     held: String,
+    /// Whether the block has just ended: nothing but white space has come since.
+    ending: bool,
 }
 
 impl Default for ThinkSplitter {
@@ -58,7 +63,7 @@ impl Default for ThinkSplitter {
 impl ThinkSplitter {
     /// For a reply that begins at `start`.
     pub fn new(start: Start) -> Self {
-        Self { state: start, held: String::new() }
+        Self { state: start, held: String::new(), ending: start == Start::After }
     }
 
     /// Where the text so far ends.
@@ -82,23 +87,28 @@ impl ThinkSplitter {
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
         self.held.push_str(text);
         let mut pieces = Vec::new();
-        loop {
+        let keep = loop {
             let tag = match self.state {
                 Start::Before => OPEN,
                 Start::Inside => CLOSE,
-                Start::After => break,
+                Start::After if self.ending => {
+                    let begun = self.held.trim_start();
+                    if let Some(rest) = begun.strip_prefix(CLOSE) {
+                        self.held = rest.to_string();
+                        continue;
+                    }
+                    self.ending = CLOSE.starts_with(begun);
+                    break if self.ending { self.held.len() } else { 0 };
+                }
+                Start::After => break 0,
             };
-            let Some(at) = self.held.find(tag) else { break };
+            let Some(at) = self.held.find(tag) else { break overlap(&self.held, tag) };
             let rest = self.held.split_off(at + tag.len());
             self.held.truncate(at);
             self.flush(&mut pieces, 0);
             self.held = rest;
             self.state = if self.state == Start::Before { Start::Inside } else { Start::After };
-        }
-        let keep = match self.state {
-            Start::Before => overlap(&self.held, OPEN),
-            Start::Inside => overlap(&self.held, CLOSE),
-            Start::After => 0,
+            self.ending = self.state == Start::After;
         };
         self.flush(&mut pieces, keep);
         pieces
@@ -107,6 +117,7 @@ impl ThinkSplitter {
     /// The text still held back, at the end of the reply.
     pub fn finish(&mut self) -> Vec<Piece> {
         let mut pieces = Vec::new();
+        self.ending = false;
         self.flush(&mut pieces, 0);
         pieces
     }
@@ -162,6 +173,34 @@ mod tests {
                 assert_eq!(got, ("\na < b </thin\n".into(), "Hm \n\n1 < 2, <think> is a tag</think>".into()));
             }
         }
+    }
+
+    #[test]
+    fn a_tag_that_closes_a_closed_block_is_no_answer() {
+        let text = "<think>a</think>\n\n</think> \u{a0}</think>\n</thin\n</think>b";
+        for at in 0..=text.len() {
+            for then in at..=text.len() {
+                let cut = |from: usize, to: usize| text.get(from..to);
+                let (Some(a), Some(b), Some(c)) = (cut(0, at), cut(at, then), cut(then, text.len())) else { continue };
+                let got = joined(ThinkSplitter::default(), &[a, b, c]);
+                assert_eq!(got, ("a".into(), "\n</thin\n</think>b".into()), "{at} {then}");
+            }
+        }
+        // Also of a block that the prompt closed; not where no block was, nor after the first word of the answer.
+        let after = || ThinkSplitter::new(Start::After);
+        assert_eq!(joined(after(), &["\n", "</th", "ink>", " 7"]), ("".into(), " 7".into()));
+        assert_eq!(joined(after(), &["7\n</think>"]), ("".into(), "7\n</think>".into()));
+        assert_eq!(joined(after(), &[" \n", "</think"]), ("".into(), " \n</think".into()));
+        assert_eq!(joined(ThinkSplitter::default(), &["</think>7"]), ("".into(), "</think>7".into()));
+        let mut ended = ThinkSplitter::default();
+        ended.end_thinking();
+        assert_eq!(joined(ended, &["</think>7"]), ("".into(), "</think>7".into()));
+        // White space waits, words do not.
+        let mut s = after();
+        assert_eq!(
+            (s.push(" "), s.push("a"), s.push(" ")),
+            (vec![], vec![Piece::Answer(" a".into())], vec![Piece::Answer(" ".into())])
+        );
     }
 
     #[test]

@@ -343,7 +343,22 @@ fn tools_that_must_be_called_are_called() {
         assert!(name == "time" || choice == "required" && name == "weather");
         let city = serde_json::from_str::<Value>(arguments).unwrap()["city"].clone();
         assert!(city == "Paris" || city == "Rome", "{arguments}");
-        assert_eq!(server.stream(CHAT, &streamed(&body(choice))).collect().choices, whole.choices);
+        assert_eq!(server.stream(CHAT, &streamed(&body(choice.clone()))).collect().choices, whole.choices);
+        // Cut off in the middle of it, the call is told as far as it came.
+        let tokens = answer["usage"]["completion_tokens"].as_u64().unwrap();
+        let mut partial = 0;
+        for limit in (1..tokens).step_by(3) {
+            let mut body = body(choice.clone());
+            body["max_tokens"] = limit.into();
+            let cut = Collected::whole(&server.chat(&body));
+            assert_eq!(server.stream(CHAT, &streamed(&body)).collect().choices, cut.choices, "{limit}");
+            assert_eq!(cut.choices[0].finish, "length");
+            if let [(cut_name, cut_arguments)] = &cut.choices[0].calls[..] {
+                assert!(cut_name == name && arguments.starts_with(cut_arguments), "{cut_arguments} of {arguments}");
+                partial += usize::from(cut_arguments.len() < arguments.len());
+            }
+        }
+        assert!(partial > 1, "{partial}");
         // The call and its result go back.
         let back = json!({"messages": [{"role": "user", "content": "Hi"}, message,
             {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"}],
@@ -385,6 +400,23 @@ fn tokens_there_and_back() {
     let page = tiny.get("/");
     assert!(page.status == 200 && page.headers.contains("content-type: text/html") && page.body.contains("<html"));
     assert!(page.headers.contains("x-request-id: "));
+    for wanted in ["cache-control: no-cache", "x-content-type-options: nosniff", "referrer-policy: no-referrer"] {
+        assert!(page.headers.contains(wanted), "{wanted}: {}", page.headers);
+    }
+    let policy = |page: &Response| {
+        let line = page.headers.lines().find_map(|line| line.strip_prefix("content-security-policy: "));
+        line.unwrap_or_default().to_string()
+    };
+    let found = policy(&page);
+    assert!(found.contains("default-src 'none'") && found.contains("frame-ancestors 'none'"), "{found}");
+    // The page's own script and style, and no others.
+    let nonce = found.split("script-src 'nonce-").nth(1).and_then(|rest| rest.split('\'').next()).unwrap();
+    assert!(!found.contains("unsafe") && found.contains(&format!("style-src 'nonce-{nonce}'")), "{found}");
+    for tag in ["script", "style"] {
+        assert_eq!(page.body.matches(&format!("<{tag}")).count(), 1, "{tag}");
+        assert!(page.body.contains(&format!("<{tag} nonce=\"{nonce}\">")), "{tag}");
+    }
+    assert_ne!(policy(&tiny.get("/")), found);
 }
 
 #[test]

@@ -8,7 +8,7 @@ import openai
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field
 
-from harness import Streamed, but_for_what_was_cut, check, is_json, refused, said, same, streamed
+from harness import Streamed, check, is_json, refused, said, same, streamed
 
 NO_THINKING = {"thinking": {"type": "disabled"}}
 
@@ -323,7 +323,7 @@ def fragments_of_calls_put_together_are_the_calls(server):
         }
         whole = server.chat("Wake me at seven.", **options)
         chunks = list(server.chat("Wake me at seven.", stream=True, **options))
-        same(but_for_what_was_cut(streamed(chunks)), but_for_what_was_cut(said(whole)), f"seed {seed}")
+        same(streamed(chunks), said(whole), f"seed {seed}")
         fragments = [part for chunk in chunks for c in chunk.choices for part in c.delta.tool_calls or []]
         calls = whole.choices[0].message.tool_calls
         # More pieces than calls: arguments come as they are written.
@@ -332,8 +332,28 @@ def fragments_of_calls_put_together_are_the_calls(server):
     options = {"tools": [WEATHER], "tool_choice": "required", "temperature": 0, "max_tokens": 1200}
     whole = server.chat("What is 23 + 45?", **options)
     assert whole.choices[0].message.tool_calls and said(whole)[0][0], whole
-    again = streamed(server.chat("What is 23 + 45?", stream=True, **options))
-    same(but_for_what_was_cut(again), but_for_what_was_cut(said(whole)))
+    same(streamed(server.chat("What is 23 + 45?", stream=True, **options)), said(whole))
+
+
+@check
+def a_call_that_the_limit_cuts_off_is_told_as_far_as_it_came(server):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    options = {"tools": [WEATHER], "tool_choice": named, "temperature": 1.3, "seed": 5, "extra_body": NO_THINKING}
+    full = server.chat("Hello!", max_tokens=800, **options)
+    [(_, _, [(name, arguments)], finish)] = said(full)
+    same(finish, "tool_calls")
+    cut = 0
+    for limit in range(1, full.usage.completion_tokens):
+        whole = server.chat("Hello!", max_tokens=limit, **options)
+        same(streamed(server.chat("Hello!", max_tokens=limit, stream=True, **options)), said(whole), f"at {limit}")
+        [(_, content, calls, finish)] = said(whole)
+        same((content, finish), ("", "length"))
+        if calls:
+            same(calls[0][0], name)
+            said_so_far = calls[0][1].rstrip("\ufffd")  # half a character is one that is none
+            assert arguments.startswith(said_so_far), (calls, arguments)
+            cut += not is_json(calls[0][1])
+    assert cut > 3, f"only {cut} limits fell into the arguments"
 
 
 @check

@@ -145,16 +145,6 @@ def streamed(chunks):
     ]
 
 
-def but_for_what_was_cut(answers):
-    """Answers without a call that the limit cut off in the middle: a stream has begun it, a whole answer leaves it out."""
-    kept = []
-    for thought, content, calls, finish in answers:
-        if finish == "length" and calls and not is_json(calls[-1][1]):
-            calls = calls[:-1]
-        kept.append((thought, content, calls, finish))
-    return kept
-
-
 def is_json(text):
     try:
         json.loads(text)

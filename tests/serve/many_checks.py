@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from form_checks import NO_THINKING, SCHEMAS, TOOLS, schema_format
-from harness import but_for_what_was_cut, check, said, same, streamed
+from harness import check, said, same, streamed
 
 QUESTIONS = [
     "What is 23 + 45?",
@@ -47,13 +47,13 @@ def requests(seed):
 @check
 def thirty_two_threads_get_what_each_gets_alone(server):
     asked = requests(1)
-    alone = [but_for_what_was_cut(said(server.chat(messages, **options))) for messages, options in asked]
+    alone = [said(server.chat(messages, **options)) for messages, options in asked]
 
     def ask(i):
         messages, options = asked[i]
         if i % 2:
-            return but_for_what_was_cut(streamed(server.chat(messages, stream=True, **options)))
-        return but_for_what_was_cut(said(server.chat(messages, **options)))
+            return streamed(server.chat(messages, stream=True, **options))
+        return said(server.chat(messages, **options))
 
     with ThreadPoolExecutor(32) as pool:
         for i, found in enumerate(pool.map(ask, range(32))):

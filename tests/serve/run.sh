@@ -86,8 +86,8 @@ if wants api; then
 fi
 if wants page && [ -e page.py ]; then
   echo "== the page, in a browser"
-  start
-  timeout "${minutes}m" "$python" page.py --url "$url" || fail "page.py"
+  start --api-key "secret-key"
+  timeout "${minutes}m" "$python" page.py --url "$url" --key "secret-key" || fail "page.py"
   stop
 fi
 if wants load; then

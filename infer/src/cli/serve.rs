@@ -28,6 +28,10 @@ Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokeniz
 at /. Beside OpenAI's fields requests may have top_k, min_p, repetition_penalty and thinking ({\"type\": \"disabled\"} or
 {\"type\": \"enabled\", \"budget_tokens\": N}). A field that cannot be honoured is refused, never ignored.
 
+A reply calls at most 16 tools. One that max_tokens cuts off in the middle of a call tells it as far as it came, with
+finish_reason \"length\". Connections are closed when a request's head takes more than 30 seconds to come, or when two
+minutes pass between an answer and the next request.
+
 The model's thinking comes as reasoning_content. A signal to end (Ctrl-C, SIGTERM) lets the replies under way finish; a
 second one cancels them. Log lines go to standard error; RUST_LOG, if set, goes before --log-level.")]
 pub struct Args {

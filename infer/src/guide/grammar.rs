@@ -18,6 +18,8 @@ use std::sync::Arc;
 const BLANKS: &str = r" |\n {0,16}";
 /// Between those of a call, which is one line.
 const BLANKS_OF_CALLS: &str = " ";
+/// The most calls of one reply: a model that does not know how to end would call until its tokens are used up.
+pub const MOST_CALLS: usize = 16;
 /// Longer tokens don't fit into the crate's trie; they are never allowed.
 const LONGEST: usize = 1000;
 /// The tags that a vocabulary may have ids for.
@@ -146,7 +148,7 @@ impl Grammars {
         self.compile(TopLevelGrammar::from_json_schema(schema)).map_err(refused)
     }
 
-    /// One call or, if `parallel`, several of any of `tools`, each with arguments as its `parameters` say. Where a
+    /// One call or, if `parallel`, up to [`MOST_CALLS`] of any of `tools`, each with arguments as its `parameters` say. Where a
     /// schema can't be honoured a tool that is `strict` is refused; of others the keywords that can be are.
     pub fn tool_calls(&self, tools: &[Tool], parallel: bool) -> Result<Grammar, GuideError> {
         self.calls(tools, parallel, None)
@@ -195,7 +197,7 @@ impl Grammars {
             let is_id = self.factory.tok_env().tok_trie().get_special_token(tag).is_some();
             if is_id { tag.to_string() } else { format!("{tag:?}") }
         };
-        let more = if parallel { r#" ("\n" call)*"# } else { "" };
+        let more = if parallel { format!(r#" ("\n" call){{0,{}}}"#, MOST_CALLS - 1) } else { String::new() };
         let mut lark = format!("calls: {} \"\\n\" call{more} \"\\n\" {}\ncall: ", tag(tools::OPEN), tag(tools::CLOSE));
         lark += &(0..tools.len()).map(|i| format!("call{i}")).collect::<Vec<_>>().join(" | ");
         for (i, (tool, schema)) in tools.iter().zip(schemas).enumerate() {

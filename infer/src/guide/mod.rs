@@ -5,7 +5,7 @@ mod grammar;
 mod reply;
 mod thinking;
 
-pub use grammar::{Grammar, Grammars};
+pub use grammar::{Grammar, Grammars, MOST_CALLS};
 pub use reply::{Answer, ReplyGuide};
 pub use thinking::Thinking;
 

@@ -82,13 +82,17 @@ impl ReplyGuide {
         self.recent.drain(..from);
         let before = self.splitter.state();
         let mut said = String::new();
-        for piece in self.splitter.push(text) {
+        let mut pieces = self.splitter.push(text);
+        let closed = before != Start::After && self.splitter.state() == Start::After;
+        if closed {
+            pieces.extend(self.splitter.finish()); // line breaks after the tag, held back
+        }
+        for piece in pieces {
             match piece {
                 Piece::Thinking(text) => self.thought = (self.thought.0 + text.len(), text.ends_with('\n')),
                 Piece::Answer(text) => said.push_str(&text),
             }
         }
-        let closed = before != Start::After && self.splitter.state() == Start::After;
         match &mut self.answer {
             Answer::Only(_) if closed => {
                 if !said.trim_start_matches('\n').is_empty() {

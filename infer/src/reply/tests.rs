@@ -63,6 +63,14 @@ fn parts(deltas: Vec<Delta>) -> Parts {
     parts
 }
 
+/// What follows a block: without the tags that close it again.
+fn after_block(mut rest: &str) -> &str {
+    while let Some(more) = rest.trim_start().strip_prefix(think::CLOSE) {
+        rest = more;
+    }
+    rest
+}
+
 /// The definition, on the whole text.
 fn by_definition(text: &str, start: Start, tools: bool) -> (Option<String>, String, Vec<(String, String)>) {
     let thought = match start {
@@ -72,12 +80,15 @@ fn by_definition(text: &str, start: Start, tools: bool) -> (Option<String>, Stri
     };
     let mut beside = start != Start::Before;
     let (mut content, mut reasoning, mut rest) = (String::new(), None, text);
+    if start == Start::After {
+        rest = after_block(text);
+    }
     if let Some((before, inside)) = thought {
         content = before.trim_end_matches('\n').to_string();
         let (thought, after) = inside.split_once(think::CLOSE).unwrap_or((inside, ""));
         let thought = thought.trim_matches('\n');
         reasoning = (!thought.is_empty()).then(|| thought.to_string());
-        (beside, rest) = (true, after);
+        (beside, rest) = (true, after_block(after));
     }
     let trim =
         |text: &str, beside: bool| if beside { text.trim_start_matches('\n').to_string() } else { text.to_string() };
@@ -173,6 +184,8 @@ fn every_split_in_two_and_three_gives_the_same() {
             true,
         ),
         ("\n\nx\n<think>", Start::After, true),
+        ("a\n</think>\n\n</think>\n </think>\n\nb</think>", Start::Inside, true),
+        ("\n</think>\n<tool_calls>\n</tool_calls>", Start::After, true),
         ("é<think>é", Start::Before, false),
     ];
     for (text, start, tools) in samples {
@@ -252,6 +265,33 @@ fn broken_calls_are_left_out_of_the_whole() {
     assert!(reply.called_tools());
 }
 
+/// Wherever a limit cuts a sound reply off: its parts are what a client makes of the stream.
+#[test]
+fn a_reply_that_is_cut_off_is_the_sum_of_its_stream() {
+    for tokenizer in [nano(), bytes()] {
+        let ids = tokenizer.encode(USUAL, false).unwrap();
+        let mut partial = 0;
+        for end in 0..=ids.len() {
+            let mut reply = Reply::new(tokenizer.clone(), settings(Start::Before, true, &[]));
+            let mut deltas: Vec<Delta> = ids[..end].iter().flat_map(|&id| reply.push(id)).collect();
+            deltas.extend(reply.cut());
+            let mut calls: Vec<(String, String)> = Vec::new();
+            for delta in &deltas {
+                match delta {
+                    Delta::ToolCall { name, .. } => calls.push((name.clone(), String::new())),
+                    Delta::ToolArguments { index, fragment } => calls[*index].1.push_str(fragment),
+                    Delta::ToolBroken { .. } => panic!("{:?}", tokenizer.decode(&ids[..end])),
+                    Delta::Reasoning(_) | Delta::Content(_) => (),
+                }
+            }
+            let found = parts(deltas).calls.into_iter().map(|call| (call.name, call.arguments));
+            assert_eq!(found.collect::<Vec<_>>(), calls);
+            partial += usize::from(calls.iter().any(|(_, a)| serde_json::from_str::<serde_json::Value>(a).is_err()));
+        }
+        assert!(partial > 3, "{partial}");
+    }
+}
+
 #[test]
 fn call_ids_are_their_seeds() {
     let ids = |seed| {
@@ -267,9 +307,10 @@ fn call_ids_are_their_seeds() {
 /// character by character and as one text it is the same, and what the definition says.
 #[test]
 fn fuzz_over_tokens() {
-    const PIECES: [&str; 24] = [
+    const PIECES: [&str; 25] = [
         "<think>",
         "</think>",
+        "</think>\n\n</think>",
         "<tool_calls>",
         "</tool_calls>",
         "<think>\n",
@@ -296,7 +337,7 @@ fn fuzz_over_tokens() {
     for tokenizer in [nano(), bytes()] {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
         let size = tokenizer.size() as u32;
-        let (mut reasoned, mut called, mut stopped) = (0, 0, 0);
+        let (mut reasoned, mut called, mut stopped, mut closed_again) = (0, 0, 0, 0);
         for case in 0..4000 {
             let mut ids = Vec::new();
             for _ in 0..rng.random_range(1..12) {
@@ -335,10 +376,20 @@ fn fuzz_over_tokens() {
             }
             reasoned += usize::from(found.reasoning.is_some());
             called += usize::from(!found.calls.is_empty());
-            let shows = |text: &str| [think::CLOSE].iter().any(|tag| text.contains(tag));
-            assert!(!found.reasoning.as_deref().is_some_and(shows), "{text:?}");
+            assert!(!found.reasoning.is_some_and(|text| text.contains(think::CLOSE)), "{text:?}");
+            let after = match start {
+                Start::Inside => text.split_once(think::CLOSE).map(|(_, after)| after),
+                Start::After => Some(text.as_str()),
+                Start::Before => None,
+            };
+            if after.is_some_and(|after| after.trim_start().starts_with(think::CLOSE)) {
+                closed_again += 1;
+                // (Behind calls it is text.)
+                assert!(tools || !found.content.trim_start().starts_with(think::CLOSE), "{text:?}");
+            }
         }
         assert!(reasoned > 500 && called > 30 && stopped > 30, "{reasoned} {called} {stopped}");
+        assert!(closed_again > 100, "{closed_again}");
     }
 }
 
@@ -354,8 +405,10 @@ fn no_part_of_a_tag_leaks() {
                     .collect::<String>()
             };
             let call = format!("{{\"name\": \"f\", \"arguments\": {{\"x\": {:?}}}}}\n", words());
+            let closed = ["", "</think>\n\n", "\n</think> </think>\n"][case as usize % 3];
+            let (thought, said) = (words(), words());
             let text =
-                format!("<think>\n{}\n</think>\n\n{}\n<tool_calls>\n{call}{call}</tool_calls>", words(), words());
+                format!("<think>\n{thought}\n</think>\n\n{closed}{said}\n<tool_calls>\n{call}{call}</tool_calls>");
             // Every character by itself, or as the tokenizer likes it, in turn.
             let mut ids = Vec::new();
             let mut rest = text.as_str();
@@ -382,7 +435,8 @@ fn no_part_of_a_tag_leaks() {
             let found = parts(deltas);
             assert_eq!(found.calls.len(), 2);
             let rebuilt = rebuild(found.reasoning.as_deref(), &found.content, &found.calls);
-            assert_eq!(rebuilt.replace('\n', ""), text.replace('\n', ""));
+            let usual = text.replacen(closed, "", usize::from(!closed.is_empty()));
+            assert_eq!(rebuilt.replace('\n', ""), usual.replace('\n', ""));
         }
     }
 }

@@ -103,9 +103,17 @@ impl ApiError {
         Self { code: Some("unsupported_media_type"), ..Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, message) }
     }
 
+    /// The client does not go on with its body.
+    pub fn silent_body(seconds: u64) -> Self {
+        Self::body_timeout(format!("the body has not come: nothing arrived for {seconds} s"))
+    }
+
     /// The client sends its body too slowly.
-    pub fn slow_body(seconds: u64) -> Self {
-        let message = format!("the body has not come: nothing arrived for {seconds} s");
+    pub fn slow_body(rate: u32) -> Self {
+        Self::body_timeout(format!("the body has not come: it comes with less than {rate} bytes a second"))
+    }
+
+    fn body_timeout(message: String) -> Self {
         Self { code: Some("body_timeout"), ..Self::new(StatusCode::REQUEST_TIMEOUT, INVALID, message) }
     }
 

@@ -45,8 +45,10 @@ impl Voice {
         }
     }
 
-    fn finish(&mut self) -> Vec<Delta> {
+    /// What was held back, at the end; `cut`: a limit is the end.
+    fn finish(&mut self, cut: bool) -> Vec<Delta> {
         match self {
+            Self::Chat(reply) if cut => reply.cut(),
             Self::Chat(reply) => reply.finish(),
             Self::Plain(voice) => {
                 let (rest, stopped) = (voice.0.finish(), voice.1.stopped());
@@ -276,7 +278,7 @@ impl Generation {
                 let scored = Some((Scored::new(&token, top), thinking));
                 let mut reason = None;
                 if answer.voice.stopped() {
-                    deltas.extend(answer.voice.finish());
+                    deltas.extend(answer.voice.finish(false));
                     answer.ended = true;
                     reason = Some(Reason::Stop);
                     if let Some(stop) = &answer.stop {
@@ -288,12 +290,12 @@ impl Generation {
             Update::Finished { choice, finish } => {
                 let Some(answer) = self.answers.get_mut(choice).filter(|answer| !answer.ended) else { return Ok(None) };
                 answer.ended = true;
-                let deltas = answer.voice.finish();
                 let reason = match finish {
                     Finish::Length | Finish::Context => Reason::Length,
                     Finish::End(_) | Finish::Stopped if answer.voice.called_tools() => Reason::ToolCalls,
                     Finish::End(_) | Finish::Stopped => Reason::Stop,
                 };
+                let deltas = answer.voice.finish(reason == Reason::Length);
                 Ok(Some(Event { choice, deltas, scored: None, reason: Some(reason) }))
             }
             Update::Failed(error) => Err(ApiError::engine(&error, self.param)),

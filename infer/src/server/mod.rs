@@ -27,6 +27,7 @@ use crate::batching::SchedulerSettings;
 use crate::guide::Grammars;
 use crate::prompt::Prompter;
 use anyhow::{Context, anyhow};
+use listener::{Patience, Patient, Requests};
 use state::{App, Phase, Service, Settings};
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,7 +76,9 @@ async fn serve(
     let draining = async move {
         let _ = phase.wait_for(|&phase| phase > Phase::Serving).await;
     };
-    let server = axum::serve(listener::Patient(listener), router::router(app.clone()));
+    let listener = Patient::new(listener, Patience::default());
+    let router = router::router(app.clone()).into_make_service_with_connect_info::<Requests>();
+    let server = axum::serve(listener, router);
     let mut server = tokio::spawn(server.with_graceful_shutdown(draining).into_future());
 
     // A thread of its own: a model that is being loaded must not hold up the end.
@@ -152,5 +155,43 @@ impl Signals {
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batching::BatchSettings;
+    use crate::engine::tests::tiny;
+    use crate::generation_config::GenerationConfig;
+    use crate::tokenizer::tests::byte_level;
+    use axum::extract::State;
+    use std::time::Instant;
+
+    #[test]
+    fn a_server_without_its_engine_is_not_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Arc::new(byte_level(dir.path(), &["x", "y"]));
+        let (engine, generation) = (tiny(96, 200), GenerationConfig::default());
+        let assets = Assets { engine, tokenizer, generation, end_ids: Vec::new() };
+        let app = App::new(Settings::default());
+        let health = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(tokens::health(State(app.clone())))
+        };
+        assert_eq!(health().unwrap_err().message, "the model is being loaded");
+        app.ready(service(assets, |_| SchedulerSettings::new(BatchSettings::new(1, 200), 1 << 20), 8).unwrap());
+        assert_eq!(health().unwrap().status(), 200);
+        app.loaded().unwrap().engine.stop();
+        let start = Instant::now();
+        let error = loop {
+            match health() {
+                Ok(_) => assert!(start.elapsed() < Duration::from_secs(60), "still well"),
+                Err(error) => break error,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        assert_eq!(error.status, 503);
+        assert!(error.message.starts_with("the engine has ended"), "{error}");
     }
 }

@@ -3,11 +3,11 @@
 use super::error::ApiError;
 use super::record::Record;
 use super::state::App;
-use super::{chat, completions, tokens};
+use super::{chat, completions, listener, tokens};
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
@@ -33,7 +33,8 @@ pub fn router(app: App) -> Router {
         Some(cors) => router.layer(cors),
         None => router,
     };
-    router.layer(from_fn_with_state(app.clone(), recorded)).with_state(app)
+    let router = router.layer(from_fn_with_state(app.clone(), recorded));
+    router.layer(from_fn(listener::answering)).with_state(app)
 }
 
 async fn no_route(request: Request) -> ApiError {

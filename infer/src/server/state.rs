@@ -134,7 +134,11 @@ impl Shared {
         if self.phase() > Phase::Serving {
             return Err(ApiError::unavailable("the server is shutting down"));
         }
-        self.service.get().cloned().ok_or_else(|| ApiError::unavailable("the model is being loaded"))
+        let service = self.service.get().ok_or_else(|| ApiError::unavailable("the model is being loaded"))?;
+        if !service.engine.is_running() {
+            return Err(ApiError::unavailable("the engine has ended: the server must be started again"));
+        }
+        Ok(service.clone())
     }
 
     /// The model, whatever the phase.

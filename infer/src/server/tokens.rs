@@ -6,7 +6,9 @@ use super::fields::{Fields, wrong};
 use super::http::{blocking, content, json};
 use super::state::{App, Phase, Service, Shared};
 use super::{body, logprobs, metrics};
+use crate::sampler::random_seed;
 use axum::extract::{Path, Request, State};
+use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::{Value, json};
 
@@ -101,7 +103,25 @@ pub async fn counters(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(content(metrics::CONTENT_TYPE, text))
 }
 
-/// The chat page.
+/// The chat page. Only its own script and style run, those that bear a number which is new each time, and no other site
+/// may show it in a frame, where it could be made to act for whoever is asked to click.
 pub async fn page() -> Response {
-    content("text/html; charset=utf-8", PAGE)
+    let nonce = format!("{:016x}{:016x}", random_seed(), random_seed());
+    let mut page = PAGE.to_string();
+    for tag in ["style", "script"] {
+        page = page.replacen(&format!("<{tag}>"), &format!("<{tag} nonce=\"{nonce}\">"), 1);
+    }
+    let policy = format!(
+        "default-src 'none'; connect-src 'self'; img-src data:; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    let mut response = content("text/html; charset=utf-8", page);
+    let headers = response.headers_mut();
+    if let Ok(policy) = HeaderValue::try_from(policy) {
+        headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    }
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
 }

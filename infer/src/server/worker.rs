@@ -13,6 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// The limits of a worker.
@@ -78,6 +79,7 @@ pub struct EngineHandle {
     coming: Arc<AtomicUsize>,
     stats: Arc<Mutex<WorkerStats>>,
     limit: usize,
+    thread: Arc<JoinHandle<()>>,
 }
 
 /// Starts the engine's thread.
@@ -86,10 +88,10 @@ pub struct EngineHandle {
 /// If no thread can be started.
 pub fn spawn(assets: Arc<Assets>, settings: WorkerSettings) -> std::io::Result<EngineHandle> {
     let (commands, jobs) = mpsc::channel();
-    let handle = EngineHandle { commands, coming: Arc::default(), stats: Arc::default(), limit: settings.queue.max(1) };
-    let (coming, stats) = (handle.coming.clone(), handle.stats.clone());
-    std::thread::Builder::new().name("engine".into()).spawn(move || {
-        let mut worker = Worker { jobs, coming, stats, figures: WorkerStats::default(), running: HashMap::new() };
+    let (coming, stats) = (Arc::<AtomicUsize>::default(), Arc::<Mutex<WorkerStats>>::default());
+    let (figures, running) = (WorkerStats::default(), HashMap::new());
+    let mut worker = Worker { jobs, coming: coming.clone(), stats: stats.clone(), figures, running };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         loop {
             // A scheduler that a panic went through is not to be trusted: a new one takes its place.
             let scheduler = Scheduler::new(assets.engine.model(), settings.scheduler);
@@ -107,7 +109,7 @@ pub fn spawn(assets: Arc<Assets>, settings: WorkerSettings) -> std::io::Result<E
             worker.fail_all(&error);
         }
     })?;
-    Ok(handle)
+    Ok(EngineHandle { commands, coming, stats, limit: settings.queue.max(1), thread: Arc::new(thread) })
 }
 
 impl EngineHandle {
@@ -130,6 +132,11 @@ impl EngineHandle {
     /// What the engine is doing.
     pub fn stats(&self) -> WorkerStats {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the thread is there. It ends when it is told to, or by a fault that nothing caught.
+    pub fn is_running(&self) -> bool {
+        !self.thread.is_finished()
     }
 
     /// Ends the thread after its current step; jobs under way end without a word.
@@ -293,8 +300,10 @@ mod tests {
         assert!(engine.stats().drawn_tokens < 1900);
         let refused = all(engine.submit(Job { prompt: Vec::new(), ..job(1, None) }).unwrap());
         assert_eq!(refused, [Update::Failed(EngineError::Empty)]);
+        assert!(engine.is_running());
         engine.stop();
-        wait("the thread goes on", || engine.submit(job(1, None)).is_err_and(|e| e == SubmitError::Stopped));
+        wait("the thread goes on", || !engine.is_running());
+        assert_eq!(engine.submit(job(1, None)).unwrap_err(), SubmitError::Stopped);
     }
 
     #[test]

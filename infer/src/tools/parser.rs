@@ -1,6 +1,7 @@
 //! M1's tool calls while they stream (SPEC §3): the first `<tool_calls>…</tool_calls>`, one JSON object
 //! `{"name": …, "arguments": {…}}` a line. Arguments are given out as they come, so a line that turns bad after its
-//! arguments have begun can't be taken back: a [`ToolEvent::Broken`] says so. Every other bad line is skipped whole.
+//! arguments have begun can't be taken back: a [`ToolEvent::Broken`] says so. Every other bad line is skipped whole. Where
+//! a limit cut the text off, a call that was well so far is no broken one: it stays as far as it came.
 //!
 //! The closing tag may stand inside a string of an argument. It ends the block nevertheless, unless that line goes on
 //! to be a whole call; until that is known, what comes from the tag on is held back.
@@ -139,6 +140,19 @@ impl ToolParser {
         std::mem::take(&mut self.events)
     }
 
+    /// The same for a text that was cut off: a call under way may have gone on well, and stays as far as it came.
+    pub fn cut(&mut self) -> Vec<ToolEvent> {
+        if let State::Inside(line) = &mut self.state
+            && line.may_go_on()
+        {
+            // What may be a closing tag inside a string may be text too, and the call would be lost with it.
+            (line.tag, line.inner) = (None, None);
+            self.give();
+            self.state = State::After;
+        }
+        self.finish()
+    }
+
     /// Something else comes between: what was held back begins no tag.
     pub(crate) fn interrupt(&mut self) -> Vec<ToolEvent> {
         let held = std::mem::take(&mut self.held);
@@ -217,6 +231,11 @@ impl Line {
     /// Whether the line is a whole call.
     fn is_call(&self) -> bool {
         !self.bad && self.json.at() == At::End && self.name.is_some() && matches!(self.arguments, Some((_, Some(_))))
+    }
+
+    /// Whether more text could make it a whole call, or it is one.
+    fn may_go_on(&self) -> bool {
+        !self.bad && (self.json.in_string() || self.tag.is_none())
     }
 
     fn push(&mut self, c: char) -> Step {

@@ -238,6 +238,36 @@ fn whatever_is_drawn_is_calls_of_the_tools() {
 }
 
 #[test]
+fn there_is_a_last_call() {
+    for (tokenizer, end) in vocabularies() {
+        let grammars = Grammars::new(&tokenizer, &[end]).unwrap();
+        let call = "\n{\"name\": \"now\", \"arguments\": {}}";
+        let schema = &schemas()[0];
+        for mut guide in [
+            grammars.tool_calls(&tools(true), true).unwrap(),
+            grammars.json_schema_or_tool_calls(schema, &tools(true), true).unwrap(),
+        ] {
+            let say = |guide: &mut Grammar, text: &str| {
+                for id in tokenizer.encode(text, false).unwrap() {
+                    match guide.next().unwrap() {
+                        Next::Only(only) if only != id => return Err(tokenizer.decode(&[only])),
+                        Next::Among(mask) if !mask[id as usize] => return Err("another".into()),
+                        _ => guide.take(id).unwrap(),
+                    }
+                }
+                Ok(())
+            };
+            assert_eq!(say(&mut guide, tools::OPEN), Ok(()));
+            (0..MOST_CALLS).for_each(|i| assert_eq!(say(&mut guide, call), Ok(()), "call {i}"));
+            assert!(say(&mut guide.clone(), call).is_err());
+            assert_eq!(say(&mut guide, &format!("\n{}", tools::CLOSE)), Ok(()));
+            let Ok(Next::Among(mask)) = guide.next() else { panic!() };
+            assert!(mask[end as usize] && mask.iter().filter(|&&m| m).count() == 1);
+        }
+    }
+}
+
+#[test]
 fn either_an_answer_or_calls() {
     let (tokenizer, end) = (nano(), 1275);
     let schema = &schemas()[0];

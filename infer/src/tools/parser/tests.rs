@@ -142,6 +142,42 @@ fn a_call_that_turns_bad_while_streaming_is_broken() {
 }
 
 #[test]
+fn a_call_that_a_limit_cut_off_stays_as_far_as_it_came() {
+    let cut = |text: &str| {
+        let mut parser = ToolParser::default();
+        let mut events: Vec<ToolEvent> = text.chars().flat_map(|c| parser.push(&c.to_string())).collect();
+        events.extend(parser.cut());
+        let (mut outside, mut calls) = (String::new(), Vec::new());
+        for event in events {
+            match event {
+                ToolEvent::Text(text) => outside += &text,
+                ToolEvent::Call { name, .. } => calls.push((name, String::new(), true)),
+                ToolEvent::Arguments { index, fragment } => calls[index].1 += &fragment,
+                ToolEvent::Broken { index } => calls[index].2 = false,
+            }
+        }
+        (outside, calls)
+    };
+    let f = |arguments: &str, whole: bool| (String::new(), vec![("f".to_string(), arguments.to_string(), whole)]);
+    let begun = "<tool_calls>\n{\"name\": \"f\", \"arguments\": ";
+    for arguments in
+        ["{", "{\"a\": 1", "{\"a\": 1}", "{\"a\": \"x</to", "{\"a\": \"x</tool_calls>y", "{\"a\": \"</tool_calls>\"}"]
+    {
+        assert_eq!(cut(&format!("{begun}{arguments}")), f(arguments, true), "{arguments}");
+    }
+    // What no text could mend is broken, and what is whole is whole.
+    assert_eq!(cut(&format!("{begun}{{\"a\": oops")), f("{\"a\": ", false));
+    assert_eq!(cut(&format!("{begun}{{\"a\": 1</tool")), f("{\"a\": 1", false));
+    assert_eq!(cut(&format!("{begun}{{\"a\": \"x</tool_calls>\ny")), ("\ny".into(), f("{\"a\": \"x", false).1));
+    for end in ["}", "}\n", "}\n</tool", "}</tool_calls>"] {
+        assert_eq!(cut(&format!("{begun}{{}}{end}")), f("{}", true), "{end:?}");
+    }
+    // Nothing was said of a call without a name.
+    assert_eq!(cut("a<tool_calls>{\"arguments\": {\"a\": 1}, \"name\": \"f"), ("a".into(), vec![]));
+    assert_eq!(cut("a<tool_"), ("a<tool_".into(), vec![]));
+}
+
+#[test]
 fn a_closing_tag_in_a_string_is_text_only_of_a_whole_call() {
     assert_eq!(parse(SAMPLES[3]), ("z".into(), vec![("f".into(), "{\"t\":\"</tool_calls>\"}".into())]));
     let events = run(&[SAMPLES[4]]);
