@@ -13,8 +13,12 @@ use m1_kernels::softmax_attention::KeyValues;
 use crate::batch::ints;
 use crate::config::{AttentionKind, ModelConfig};
 
-/// Tokens of a row's first block of keys and values, and on the CPU of every block.
+/// Tokens of a row's first block of keys and values.
 pub const BLOCK: usize = 256;
+
+/// Tokens of the largest block on the CPU: to hand over a block costs a decode step two microseconds, and what shares a block that
+/// is not full copies it.
+pub const LARGEST_BLOCK_CPU: usize = 1024;
 
 /// Tokens of the largest block on other devices, where each launch takes only a few blocks.
 pub const LARGEST_BLOCK: usize = 4096;
@@ -225,7 +229,7 @@ impl Cache {
             head_dim: config.head_dim,
             kv_dtype,
             device: device.clone(),
-            largest_block: if on_cpu(&Tensor::<1>::zeros([1], device)) { BLOCK } else { LARGEST_BLOCK },
+            largest_block: if on_cpu(&Tensor::<1>::zeros([1], device)) { LARGEST_BLOCK_CPU } else { LARGEST_BLOCK },
         };
         for layer in 0..config.num_hidden_layers {
             cache.layers.push(match config.kind(layer) {

@@ -247,14 +247,15 @@ mod tests {
         let made = snapshots(&engine, &a, &[256, 320, 576]);
         let (state, block) = (made[0].state_bytes(), made[0].blocks().next().unwrap().1);
         let mut cache = PrefixCache::new(1 << 30);
-        // 256 tokens are a block; 320 share it and begin another, which is copied on the way to 576, which begins a third.
-        let wanted = [state + block, 2 * (state + block), 3 * state + 4 * block];
+        // 256 tokens are a block; 320 share it and begin another, which is copied on the way to 576, which begins a third, twice
+        // as large.
+        let wanted = [state + block, 2 * (state + block), 3 * state + 5 * block];
         for (snapshot, bytes) in made.into_iter().zip(wanted) {
             cache.insert(snapshot, true);
             assert_eq!(cache.stats().bytes, bytes);
         }
         let (first, _) = cache.entries.iter().enumerate().min_by_key(|(_, e)| e.used).unwrap();
         cache.remove(first);
-        assert_eq!(cache.stats().bytes, 2 * state + 4 * block, "the others hold its block still");
+        assert_eq!(cache.stats().bytes, 2 * state + 5 * block, "the others hold its block still");
     }
 }

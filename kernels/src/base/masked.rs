@@ -303,29 +303,33 @@ pub(crate) fn transpose(
 /// Whole squares in registers, the edges one by one. The sizes are checked by [`transpose`].
 fn transpose_at(level: Level, size: [usize; 2], from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
     let [rows, columns] = size;
-    let (mut whole_rows, mut whole_columns) = (0, 0);
+    let mut side = None;
     #[cfg(target_arch = "x86_64")]
     {
-        let side = if level >= Level::Avx512 { 16 } else { 8 };
-        if level >= Level::Avx2 {
-            (whole_rows, whole_columns) = (rows / side * side, columns / side * side);
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        unsafe fn avx512(size: [usize; 2], from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+            // SAFETY: checked by `transpose`.
+            unsafe { squares::<Zmm>(size, from, from_row, to, to_row) }
         }
-        for i in (0..whole_rows).step_by(side) {
-            for j in (0..whole_columns).step_by(side) {
-                let (from, to) = (&from[i * from_row + j..], &mut to[j * to_row + i..]);
-                assert!(from.len() >= (side - 1) * from_row + side && to.len() >= (side - 1) * to_row + side);
-                // SAFETY: the level says what the processor has; both squares lie inside their slices.
-                unsafe {
-                    if side == 16 {
-                        squares::transpose_16(from.as_ptr(), from_row, to.as_mut_ptr(), to_row);
-                    } else {
-                        squares::transpose_8(from.as_ptr(), from_row, to.as_mut_ptr(), to_row);
-                    }
-                }
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn avx2(size: [usize; 2], from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+            // SAFETY: checked by `transpose`.
+            unsafe { squares::<Ymm>(size, from, from_row, to, to_row) }
+        }
+        let (from, to) = (from.as_ptr(), to.as_mut_ptr());
+        // SAFETY: the level says what the processor has; `transpose` has checked the sizes.
+        unsafe {
+            if level >= Level::Avx512 {
+                avx512(size, from, from_row, to, to_row);
+                side = Some(Zmm::LANES);
+            } else if level >= Level::Avx2 {
+                avx2(size, from, from_row, to, to_row);
+                side = Some(Ymm::LANES);
             }
         }
     }
     let _ = level;
+    let [whole_rows, whole_columns] = size.map(|n| side.map_or(0, |side| n / side * side));
     for i in 0..rows {
         for j in if i < whole_rows { whole_columns } else { 0 }..columns {
             to[j * to_row + i] = from[i * from_row + j];
@@ -333,55 +337,22 @@ fn transpose_at(level: Level, size: [usize; 2], from: &[f32], from_row: usize, t
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod squares {
-    use std::arch::x86_64::*;
-
-    /// # Safety
-    /// AVX-512F; 16 rows of 16 floats must be readable at `from` and writable at `to`.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn transpose_16(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        // SAFETY: the caller's.
-        unsafe {
-            let r: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(from.add(i * from_row)));
-            let t: [__m512d; 16] = std::array::from_fn(|i| {
-                let (a, b) = (r[i & !1], r[i | 1]);
-                _mm512_castps_pd(if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) })
-            });
-            // Of rows 4g .. 4g + 3, u[4g + j] has column 4l + j in its quarter l.
-            let u: [__m512; 16] = std::array::from_fn(|i| {
-                let (a, b) = (t[i / 4 * 4 + i % 4 / 2], t[i / 4 * 4 + i % 4 / 2 + 2]);
-                _mm512_castpd_ps(if i % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
-            });
-            for j in 0..4 {
-                let even = [0, 8].map(|g| _mm512_shuffle_f32x4::<0x88>(u[g + j], u[g + 4 + j]));
-                let odd = [0, 8].map(|g| _mm512_shuffle_f32x4::<0xdd>(u[g + j], u[g + 4 + j]));
-                _mm512_storeu_ps(to.add(j * to_row), _mm512_shuffle_f32x4::<0x88>(even[0], even[1]));
-                _mm512_storeu_ps(to.add((4 + j) * to_row), _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]));
-                _mm512_storeu_ps(to.add((8 + j) * to_row), _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]));
-                _mm512_storeu_ps(to.add((12 + j) * to_row), _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]));
-            }
-        }
-    }
-
-    /// # Safety
-    /// AVX2; 8 rows of 8 floats must be readable at `from` and writable at `to`.
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn transpose_8(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        // SAFETY: the caller's.
-        unsafe {
-            let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(from.add(i * from_row)));
-            let t: [__m256d; 8] = std::array::from_fn(|i| {
-                let (a, b) = (r[i & !1], r[i | 1]);
-                _mm256_castps_pd(if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) })
-            });
-            let u: [__m256; 8] = std::array::from_fn(|i| {
-                let (a, b) = (t[i / 4 * 4 + i % 4 / 2], t[i / 4 * 4 + i % 4 / 2 + 2]);
-                _mm256_castpd_ps(if i % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) })
-            });
-            for j in 0..4 {
-                _mm256_storeu_ps(to.add(j * to_row), _mm256_permute2f128_ps::<0x20>(u[j], u[4 + j]));
-                _mm256_storeu_ps(to.add((4 + j) * to_row), _mm256_permute2f128_ps::<0x31>(u[j], u[4 + j]));
+#[inline(always)]
+unsafe fn squares<V: Vector>(
+    [rows, columns]: [usize; 2],
+    from: *const f32,
+    from_row: usize,
+    to: *mut f32,
+    to_row: usize,
+) {
+    let side = V::LANES;
+    for i in (0..rows / side * side).step_by(side) {
+        for j in (0..columns / side * side).step_by(side) {
+            // SAFETY: `transpose` has checked that all rows and columns lie in the operands.
+            unsafe {
+                for (c, column) in V::columns(from.add(i * from_row + j), from_row).as_ref().iter().enumerate() {
+                    column.store(to.add((j + c) * to_row + i));
+                }
             }
         }
     }

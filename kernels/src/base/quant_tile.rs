@@ -187,8 +187,10 @@ mod x86 {
     use super::{PANEL, Row, SCALES, Tile};
     use crate::base::quant::Meta;
 
-    /// How far ahead of a panel's stream to fetch, in bytes.
-    const AHEAD: usize = 3072;
+    /// How far ahead of a panel's stream to fetch, in bytes: into the second level where the loads leave the first one's queue of
+    /// misses no room, into the first where there is more to compute (see [`exact512_rows`]).
+    const AHEAD: usize = 2048;
+    const AHEAD_EXACT: usize = 3072;
 
     /// Calls the kernel that is compiled for the tile's number of rows, bits and block.
     macro_rules! shapes {
@@ -251,13 +253,13 @@ mod x86 {
                     };
                 }
                 if R <= 2 {
-                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(AHEAD).cast());
                 }
                 for u in 0..BLOCK * BITS / 32 {
                     let p = values.add(u * 4 * PANEL);
                     if R <= 2 {
-                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD + 64).cast());
                     }
                     let v = [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())];
                     if BITS == 8 {
@@ -422,8 +424,8 @@ mod x86 {
                 for u in 0..BLOCK * BITS / 32 {
                     let p = block.add(SCALES + u * 4 * PANEL);
                     if R <= 2 {
-                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_EXACT).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_EXACT + 64).cast());
                     }
                     let v = [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())];
                     if BITS == 8 {

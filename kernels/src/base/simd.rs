@@ -154,6 +154,8 @@ macro_rules! simd {
 pub(crate) unsafe trait Vector: Copy {
     /// Lanes of 32 bits.
     const LANES: usize;
+    /// `LANES` registers.
+    type Columns: AsRef<[Self]>;
     /// Accumulators that fit in the registers beside the operands.
     const ACCUMULATORS: usize;
 
@@ -163,6 +165,8 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn splat(from: *const f32) -> Self;
     /// `a · b + self`, fused wherever the level has fused instructions.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// The columns of a square, `LANES` rows that begin `row` floats apart.
+    unsafe fn columns(from: *const f32, row: usize) -> Self::Columns;
     /// The even (low) bf16 of each lane, widened to f32.
     unsafe fn low_bf16(self) -> Self;
     /// The odd (high) bf16 of each lane, widened to f32.
@@ -182,6 +186,7 @@ pub(crate) struct Plain([f32; 4]);
 // SAFETY: plain Rust over arrays; the pointers are the caller's.
 unsafe impl Vector for Plain {
     const LANES: usize = 4;
+    type Columns = [Self; 4];
     const ACCUMULATORS: usize = 8;
 
     #[inline(always)]
@@ -206,6 +211,11 @@ unsafe impl Vector for Plain {
     #[inline(always)]
     unsafe fn fma(self, a: Self, b: Self) -> Self {
         Plain(std::array::from_fn(|i| self.0[i] + a.0[i] * b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn columns(from: *const f32, row: usize) -> [Self; 4] {
+        // SAFETY: the caller keeps the trait's rule.
+        std::array::from_fn(|j| Plain(std::array::from_fn(|i| unsafe { *from.add(i * row + j) })))
     }
     #[inline(always)]
     unsafe fn low_bf16(self) -> Self {
@@ -233,6 +243,7 @@ mod x86 {
     // SAFETY: intrinsics of AVX2 and FMA only.
     unsafe impl Vector for Ymm {
         const LANES: usize = 8;
+        type Columns = [Self; 8];
         const ACCUMULATORS: usize = 12;
 
         #[inline(always)]
@@ -261,6 +272,26 @@ mod x86 {
             Ymm(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
         }
         #[inline(always)]
+        unsafe fn columns(from: *const f32, row: usize) -> [Self; 8] {
+            // SAFETY: see `zero`.
+            unsafe {
+                let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(from.add(i * row)));
+                let t: [__m256d; 8] = std::array::from_fn(|i| {
+                    let (a, b) = (r[i & !1], r[i | 1]);
+                    _mm256_castps_pd(if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) })
+                });
+                // Of rows 4g .. 4g + 3, u[4g + j] has column 4l + j in its half l.
+                let u: [__m256; 8] = std::array::from_fn(|i| {
+                    let (a, b) = (t[i / 4 * 4 + i % 4 / 2], t[i / 4 * 4 + i % 4 / 2 + 2]);
+                    _mm256_castpd_ps(if i % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) })
+                });
+                std::array::from_fn(|j| {
+                    let (a, b) = (u[j % 4], u[4 + j % 4]);
+                    Ymm(if j < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) })
+                })
+            }
+        }
+        #[inline(always)]
         unsafe fn low_bf16(self) -> Self {
             // SAFETY: see `zero`.
             Ymm(unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(self.0))) })
@@ -282,6 +313,7 @@ mod x86 {
     // SAFETY: intrinsics of AVX512F only.
     unsafe impl Vector for Zmm {
         const LANES: usize = 16;
+        type Columns = [Self; 16];
         const ACCUMULATORS: usize = 24;
 
         #[inline(always)]
@@ -310,6 +342,30 @@ mod x86 {
             Zmm(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
         }
         #[inline(always)]
+        unsafe fn columns(from: *const f32, row: usize) -> [Self; 16] {
+            // SAFETY: see `zero`.
+            unsafe {
+                let r: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(from.add(i * row)));
+                let t: [__m512d; 16] = std::array::from_fn(|i| {
+                    let (a, b) = (r[i & !1], r[i | 1]);
+                    _mm512_castps_pd(if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) })
+                });
+                // Of rows 4g .. 4g + 3, u[4g + j] has column 4l + j in its quarter l.
+                let u: [__m512; 16] = std::array::from_fn(|i| {
+                    let (a, b) = (t[i / 4 * 4 + i % 4 / 2], t[i / 4 * 4 + i % 4 / 2 + 2]);
+                    _mm512_castpd_ps(if i % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
+                });
+                // Quarters 0 and 2, or 1 and 3, of rows 0 .. 7 and of rows 8 .. 15.
+                let even = |j: usize| [0, 8].map(|g| _mm512_shuffle_f32x4::<0x88>(u[g + j], u[g + 4 + j]));
+                let odd = |j: usize| [0, 8].map(|g| _mm512_shuffle_f32x4::<0xdd>(u[g + j], u[g + 4 + j]));
+                let halves: [[[__m512; 2]; 4]; 2] = [std::array::from_fn(even), std::array::from_fn(odd)];
+                std::array::from_fn(|j| {
+                    let [a, b] = halves[j / 4 % 2][j % 4];
+                    Zmm(if j < 8 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) })
+                })
+            }
+        }
+        #[inline(always)]
         unsafe fn low_bf16(self) -> Self {
             // SAFETY: see `zero`.
             Zmm(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(self.0))) })
@@ -331,6 +387,7 @@ mod x86 {
     // SAFETY: intrinsics of AVX512F and AVX512-BF16 only.
     unsafe impl Vector for ZmmBf16 {
         const LANES: usize = 16;
+        type Columns = [Self; 16];
         const ACCUMULATORS: usize = 24;
 
         #[inline(always)]
@@ -357,6 +414,11 @@ mod x86 {
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: see `Zmm::zero`.
             ZmmBf16(unsafe { self.0.fma(a.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn columns(from: *const f32, row: usize) -> [Self; 16] {
+            // SAFETY: see `Zmm::zero`.
+            unsafe { Zmm::columns(from, row).map(ZmmBf16) }
         }
         #[inline(always)]
         unsafe fn low_bf16(self) -> Self {

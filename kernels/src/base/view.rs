@@ -88,22 +88,19 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Asks for `count` rows of `dim` values to be brought near, if they lie in order.
-    pub(crate) fn prefetch(&self, (a, b): (usize, usize), from: usize, count: usize, dim: usize) {
+    /// `count` rows of `dim` values to be asked for, if they lie in order.
+    pub(crate) fn ahead(&self, (a, b): (usize, usize), from: usize, count: usize, dim: usize) -> Ahead {
         let [sa, sb, st, sd] = self.strides;
         if sd != 1 {
-            return;
+            return Ahead::default();
         }
         let start = self.start + a * sa + b * sb + from * st;
         let (base, size) = match self.stored {
             Stored::F32(x) => (x.as_ptr().cast::<u8>(), 4),
             Stored::Bf16(x) => (x.as_ptr().cast::<u8>(), 2),
         };
-        for i in 0..count {
-            for byte in (0..dim * size).step_by(64) {
-                prefetch(base.wrapping_add((start + i * st) * size + byte));
-            }
-        }
+        let (row, width) = (base.wrapping_add(start * size), dim * size);
+        Ahead { row, to_next: st * size, width, inside: 0, lines: count * width.div_ceil(LINE) }
     }
 
     /// Tokens of `(a, b)` from `from` on where they lie, and the distance of their rows: f32 whose rows are in order.
@@ -113,6 +110,49 @@ impl<'a> View<'a> {
             Stored::F32(x) if sd == 1 => Some((&x[self.start + a * sa + b * sb + from * st..], st)),
             _ => None,
         }
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Rows that are read soon, to be brought near line by line meanwhile.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    row: *const u8,
+    /// Bytes to the next row, of a row, and of it asked for already.
+    to_next: usize,
+    width: usize,
+    inside: usize,
+    /// Lines not yet asked for.
+    lines: usize,
+}
+
+impl Default for Ahead {
+    /// Nothing.
+    fn default() -> Self {
+        Ahead { row: std::ptr::null(), to_next: 0, width: 0, inside: 0, lines: 0 }
+    }
+}
+
+impl Ahead {
+    /// Asks for the next `lines` of them, into the second-level cache.
+    #[inline(always)]
+    pub(crate) fn ask(&mut self, lines: usize) {
+        let lines = lines.min(self.lines);
+        self.lines -= lines;
+        for _ in 0..lines {
+            prefetch(self.row.wrapping_add(self.inside));
+            self.inside += LINE;
+            if self.inside >= self.width {
+                (self.row, self.inside) = (self.row.wrapping_add(self.to_next), 0);
+            }
+        }
+    }
+
+    /// Asks for all of them.
+    pub(crate) fn ask_all(mut self) {
+        self.ask(usize::MAX);
     }
 }
 

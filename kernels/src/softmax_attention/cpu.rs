@@ -4,10 +4,13 @@
 //! weighted with zero. So a token's bits are the same in a prefill, in a decode step, and wherever the keys' blocks or the
 //! calls are cut; and spans may be computed side by side or one after the other.
 
+use std::ops::Range;
+
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
 
+use super::cpu_few::{self, Few, Tile};
 use super::{KeyValueBlocks, SoftmaxAttentionBackend, cpu_backward};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::tensor;
@@ -16,7 +19,7 @@ use crate::base::math::{LANES, exp};
 use crate::base::memory::arbitrary;
 use crate::base::pool;
 use crate::base::simd::{Level, level};
-use crate::base::view::{View, forward_strides, swapped};
+use crate::base::view::{Ahead, View, forward_strides, swapped};
 use crate::simd;
 
 type T = FloatTensor<Flex>;
@@ -28,7 +31,10 @@ const SPAN: usize = 1024;
 /// Queries (times heads that share their keys) per task.
 const QUERIES: usize = 256;
 /// Queries whose scores are in the first-level cache together.
-const STRIPE: usize = 32;
+pub(super) const STRIPE: usize = 32;
+/// The most spans that a thread does in one go, and goes for each thread: what comes next is asked for in time only within one.
+const TOGETHER: usize = 4;
+const TURNS: usize = 8;
 /// Floats of partial results that a call may keep to spread the spans of few queries over the threads.
 const PARTIALS: usize = 4 << 20;
 
@@ -91,13 +97,14 @@ impl<'a> Cache<'a> {
         }
     }
 
-    /// Asks for the tile from position `from` on to be brought near.
-    fn prefetch(&self, side: Side, at: (usize, usize), from: usize, dim: usize) {
-        if from < self.len {
-            let (block, inside) = self.find(from);
-            let count = KEYS.min(self.length(block) - inside);
-            self.blocks(side)[block].prefetch(at, inside, count, dim);
+    /// The tile from position `from` on, or its beginning where a block ends inside, to be asked for if it is among `own`.
+    fn ahead(&self, side: Side, at: (usize, usize), from: usize, own: &Range<usize>, dim: usize) -> Ahead {
+        if !own.contains(&from) {
+            return Ahead::default();
         }
+        let (block, inside) = self.find(from);
+        let count = KEYS.min(self.length(block) - inside);
+        self.blocks(side)[block].ahead(at, inside, count, dim)
     }
 
     /// `count` keys or values from position `from` on as rows of `width` floats: where they lie or else copied to `memory`; and
@@ -164,10 +171,10 @@ struct Call<'a> {
 }
 
 /// Of some queries over some keys: maximum and sum of exponentials of the scores, and the sum over the values.
-struct Partial<'a> {
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    values: &'a mut [f32],
+pub(super) struct Partial<'a> {
+    pub(super) max: &'a mut [f32],
+    pub(super) sum: &'a mut [f32],
+    pub(super) values: &'a mut [f32],
 }
 
 impl<'a> Partial<'a> {
@@ -207,8 +214,32 @@ impl Call<'_> {
         2 * KEYS * self.width + self.dim * KEYS + STRIPE * KEYS
     }
 
-    /// All queries of the task over the keys of span `span`.
-    fn span(&self, task: &Task, span: usize, queries: &[f32], memory: &mut [f32], partial: &mut Partial) {
+    /// A whole tile for [`cpu_few`].
+    fn tile<'m>(
+        &'m self,
+        side: Side,
+        at: (usize, usize),
+        first: usize,
+        own: &Range<usize>,
+        memory: &'m mut [f32],
+    ) -> Tile<'m> {
+        if first == own.start {
+            self.cache.ahead(side, at, first, own, self.dim).ask_all();
+        }
+        let (rows, row) = self.cache.rows(side, self, at, first, KEYS, memory);
+        Tile { rows, row, next: self.cache.ahead(side, at, first + KEYS, own, self.dim) }
+    }
+
+    /// All queries of the task over the keys of span `span`, one of those in `own`, which this thread does one after the other.
+    fn span(
+        &self,
+        task: &Task,
+        span: usize,
+        own: &Range<usize>,
+        queries: &[f32],
+        memory: &mut [f32],
+        partial: &mut Partial,
+    ) {
         let (width, dim, level) = (self.width, self.dim, self.level);
         let rows = task.tokens * self.group;
         let tile = KEYS * width;
@@ -216,13 +247,20 @@ impl Call<'_> {
         partial.max.fill(f32::NEG_INFINITY);
         partial.sum.fill(0.0);
         partial.values.fill(0.0);
+        let few = rows <= cpu_few::most(level) && dim == width;
         let end = ((span + 1) * SPAN).min(self.most(task));
         for first in (span * SPAN..end).step_by(KEYS) {
             let count = KEYS.min(end - first);
             let at = (task.row, task.kv_head);
-            // With few queries a tile is computed as fast as it comes from memory: these values and the next keys come meanwhile.
-            self.cache.prefetch(Side::Values, at, first, dim);
-            self.cache.prefetch(Side::Keys, at, first + KEYS, dim);
+            if few && first + KEYS <= end.min(self.visible(task, 0)) {
+                let (keys, values) =
+                    (self.tile(Side::Keys, at, first, own, keys), self.tile(Side::Values, at, first, own, values));
+                cpu_few::attend(level, &Few { queries, rows, dim, keys, values }, scores, partial);
+                continue;
+            }
+            // These values and the next keys come meanwhile.
+            self.cache.ahead(Side::Values, at, first, own, dim).ask_all();
+            self.cache.ahead(Side::Keys, at, first + KEYS, own, dim).ask_all();
             let (rows_k, row) = self.cache.rows(Side::Keys, self, at, first, count, keys);
             transpose(level, count, dim, rows_k, row, keys_t, KEYS);
             let (rows_v, row_v) = self.cache.rows(Side::Values, self, at, first, count, values);
@@ -258,7 +296,7 @@ simd! {
 }
 
 #[inline(always)]
-fn weigh_body<const FMA: bool>(
+pub(super) fn weigh_body<const FMA: bool>(
     scores: &mut [f32],
     counts: &[usize],
     max: &mut [f32],
@@ -408,18 +446,26 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
         if deepest > 1 && tasks < 4 * pool::threads() && tasks * deepest * words <= PARTIALS {
             let mut partials = arbitrary(tasks * deepest * words);
             let all = SendPtr(partials.as_mut_ptr());
-            pool::run(tasks * deepest, |i| {
-                let (task, span) = (task(i / deepest), i % deepest);
+            let together = (tasks * deepest / (TURNS * pool::threads())).clamp(1, TOGETHER);
+            let runs = deepest.div_ceil(together);
+            pool::run(tasks * runs, |i| {
+                let (number, task) = (i / runs, task(i / runs));
                 let count = task.tokens * group;
-                if span >= spans(&task) {
+                let first = i % runs * together;
+                let list = first..(first + together).min(spans(&task));
+                let own = list.start * SPAN..(list.end * SPAN).min(call.most(&task));
+                if list.is_empty() {
                     return;
                 }
                 scratch(count * width + call.span_words(), |memory| {
                     let (queries, memory) = memory.split_at_mut(count * width);
                     call.queries(&task, queries);
-                    // SAFETY: each (task, span) has `words` floats of its own.
-                    let own = unsafe { std::slice::from_raw_parts_mut(all.get().add(i * words), words) };
-                    call.span(&task, span, queries, memory, &mut Partial::over(own, count, width));
+                    for span in list {
+                        let start = (number * deepest + span) * words;
+                        // SAFETY: each (task, span) has `words` floats of its own.
+                        let sums = unsafe { std::slice::from_raw_parts_mut(all.get().add(start), words) };
+                        call.span(&task, span, &own, queries, memory, &mut Partial::over(sums, count, width));
+                    }
                 });
             });
             let all = partials.as_mut_ptr();
@@ -449,10 +495,11 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
                     let [queries, sums, more, memory] = parts(memory, [count * width, words, words, call.span_words()]);
                     call.queries(&task, queries);
                     let mut sums = Partial::over(sums, count, width);
-                    call.span(&task, 0, queries, memory, &mut sums);
+                    let own = 0..call.most(&task);
+                    call.span(&task, 0, &own, queries, memory, &mut sums);
                     for span in 1..spans(&task) {
                         let mut more = Partial::over(more, count, width);
-                        call.span(&task, span, queries, memory, &mut more);
+                        call.span(&task, span, &own, queries, memory, &mut more);
                         let more = (&*more.max, &*more.sum, &*more.values);
                         join(call.level, sums.max, sums.sum, sums.values, more, width);
                     }

@@ -7,6 +7,7 @@
 mod backward;
 mod cpu;
 mod cpu_backward;
+mod cpu_few;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
 pub mod cube;

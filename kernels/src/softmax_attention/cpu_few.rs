@@ -1,0 +1,216 @@
+//! Few queries over a whole tile of keys that all of them see: what a decode step over a long text consists of. It should
+//! take no longer than keys and values take to come from memory.
+//!
+//! Keys are turned in registers on their way into the products; and with everything that is read, as much of the next tile is
+//! asked for. Many requests at once would fill the processor's queue of misses, and computing would wait for memory instead
+//! of going on beside it. Every chain is that of the general path, to the bit.
+
+// Lanes, rows and registers of several arrays at once: an index says it best.
+#![allow(clippy::needless_range_loop)]
+
+use super::cpu::{KEYS, Partial, STRIPE, weigh_body};
+use crate::base::masked::WIDTH;
+use crate::base::simd::{Level, Plain, Vector};
+#[cfg(target_arch = "x86_64")]
+use crate::base::simd::{Ymm, Zmm};
+use crate::base::view::Ahead;
+
+/// Floats of a cache line.
+const LINE: usize = 16;
+
+/// How many queries are few: with more, to turn the keys once in memory takes less time.
+pub(super) fn most(level: Level) -> usize {
+    match level {
+        Level::Portable => 8,
+        Level::Avx2 => 16,
+        _ => STRIPE,
+    }
+}
+
+/// [`KEYS`] keys or values, `row` floats apart, and those of the next tile.
+pub(super) struct Tile<'a> {
+    pub(super) rows: &'a [f32],
+    pub(super) row: usize,
+    pub(super) next: Ahead,
+}
+
+/// `rows` queries, at most [`STRIPE`], of `dim` floats, a multiple of [`WIDTH`], over a tile.
+pub(super) struct Few<'a> {
+    pub(super) queries: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) dim: usize,
+    pub(super) keys: Tile<'a>,
+    pub(super) values: Tile<'a>,
+}
+
+/// Adds the tile to `partial`. `scores` is memory for `rows` times [`KEYS`] floats.
+///
+/// # Panics
+/// If an operand is too short.
+pub(super) fn attend(level: Level, few: &Few, scores: &mut [f32], partial: &mut Partial) {
+    let Few { queries, rows, dim, keys, values } = few;
+    assert!(*rows <= STRIPE && dim % WIDTH == 0 && queries.len() >= rows * dim && scores.len() >= rows * KEYS);
+    assert!([keys, values].iter().all(|tile| tile.rows.len() >= (KEYS - 1) * tile.row + dim));
+    assert!(partial.max.len() == *rows && partial.sum.len() == *rows && partial.values.len() >= rows * dim);
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        unsafe fn avx512(few: &Few, scores: &mut [f32], partial: &mut Partial) {
+            // SAFETY: checked by `attend`.
+            unsafe { attend_body::<Zmm, 8, 4, true>(few, scores, partial) }
+        }
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn avx2(few: &Few, scores: &mut [f32], partial: &mut Partial) {
+            // SAFETY: checked by `attend`.
+            unsafe { attend_body::<Ymm, 4, 2, true>(few, scores, partial) }
+        }
+        // SAFETY: the level says what the processor has, and the sizes are checked above.
+        unsafe {
+            if level >= Level::Avx512 {
+                return avx512(few, scores, partial);
+            }
+            if level >= Level::Avx2 {
+                return avx2(few, scores, partial);
+            }
+        }
+    }
+    let _ = level;
+    // SAFETY: the sizes are checked above.
+    unsafe { attend_body::<Plain, 4, 4, false>(few, scores, partial) }
+}
+
+/// Up to `R` queries at a time, 4 or 8 as the registers allow, and `N` registers of values.
+#[inline(always)]
+unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const FMA: bool>(
+    few: &Few,
+    scores: &mut [f32],
+    partial: &mut Partial,
+) {
+    let mut shrink = [0.0; STRIPE];
+    let (mut keys, mut values) = (few.keys.next, few.values.next);
+    // SAFETY: `attend` has checked that all operands hold the rows.
+    unsafe {
+        let mut from = 0;
+        while from < few.rows {
+            let n = part(few.rows - from, R);
+            match n {
+                8 => score::<V, 8>(few, from, scores, &mut keys),
+                4 => score::<V, 4>(few, from, scores, &mut keys),
+                2 => score::<V, 2>(few, from, scores, &mut keys),
+                _ => score::<V, 1>(few, from, scores, &mut keys),
+            }
+            from += n;
+        }
+        weigh_body::<FMA>(scores, &[KEYS; STRIPE][..few.rows], partial.max, partial.sum, &mut shrink);
+        let mut from = 0;
+        while from < few.rows {
+            let n = part(few.rows - from, R);
+            match n {
+                8 => add::<V, 8, 2>(few, from, scores, &shrink, partial.values, &mut values),
+                4 => add::<V, 4, N>(few, from, scores, &shrink, partial.values, &mut values),
+                2 => add::<V, 2, N>(few, from, scores, &shrink, partial.values, &mut values),
+                _ => add::<V, 1, N>(few, from, scores, &shrink, partial.values, &mut values),
+            }
+            from += n;
+        }
+    }
+}
+
+/// The largest power of two within `rows` and `most`.
+#[inline(always)]
+fn part(rows: usize, most: usize) -> usize {
+    1 << rows.min(most).ilog2()
+}
+
+/// The scores of queries `from .. from + R`.
+#[inline(always)]
+unsafe fn score<V: Vector, const R: usize>(few: &Few, from: usize, scores: &mut [f32], next: &mut Ahead) {
+    let (dim, keys) = (few.dim, &few.keys);
+    // SAFETY: see `attend_body`.
+    unsafe {
+        let queries = few.queries.as_ptr().add(from * dim);
+        for key in (0..KEYS).step_by(V::LANES) {
+            let mut sums = [V::zero(); R];
+            for column in (0..dim).step_by(V::LANES) {
+                next.ask(V::LANES * V::LANES / LINE);
+                let square = V::columns(keys.rows.as_ptr().add(key * keys.row + column), keys.row);
+                for (c, &k) in square.as_ref().iter().enumerate() {
+                    for r in 0..R {
+                        sums[r] = sums[r].fma(V::splat(queries.add(r * dim + column + c)), k);
+                    }
+                }
+            }
+            for r in 0..R {
+                sums[r].store(scores.as_mut_ptr().add((from + r) * KEYS + key));
+            }
+        }
+    }
+}
+
+/// The values, weighted, added to what queries `from .. from + R` have of earlier tiles.
+#[inline(always)]
+unsafe fn add<V: Vector, const R: usize, const N: usize>(
+    few: &Few,
+    from: usize,
+    scores: &[f32],
+    shrink: &[f32],
+    sums: &mut [f32],
+    next: &mut Ahead,
+) {
+    let mut column = 0;
+    // SAFETY: strips inside the columns; see `attend_body`.
+    unsafe {
+        while few.dim - column >= N * V::LANES {
+            add_strip::<V, R, N>(few, from, column, scores, shrink, sums, next);
+            column += N * V::LANES;
+        }
+        while column < few.dim {
+            add_strip::<V, R, 1>(few, from, column, scores, shrink, sums, next);
+            column += V::LANES;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_strip<V: Vector, const R: usize, const N: usize>(
+    few: &Few,
+    from: usize,
+    column: usize,
+    scores: &[f32],
+    shrink: &[f32],
+    sums: &mut [f32],
+    next: &mut Ahead,
+) {
+    let (dim, values) = (few.dim, &few.values);
+    // SAFETY: see `attend_body`.
+    unsafe {
+        let weights = scores.as_ptr().add(from * KEYS);
+        let sums = sums.as_mut_ptr().add(from * dim + column);
+        let mut acc = [[V::zero(); N]; R];
+        for r in 0..R {
+            let factor = V::splat(shrink.as_ptr().add(from + r));
+            for n in 0..N {
+                acc[r][n] = V::zero().fma(factor, V::load(sums.add(r * dim + n * V::LANES)));
+            }
+        }
+        for key in 0..KEYS {
+            let line = values.rows.as_ptr().add(key * values.row + column);
+            next.ask(N * V::LANES / LINE);
+            let mut v = [V::zero(); N];
+            for n in 0..N {
+                v[n] = V::load(line.add(n * V::LANES));
+            }
+            for r in 0..R {
+                let weight = V::splat(weights.add(r * KEYS + key));
+                for n in 0..N {
+                    acc[r][n] = acc[r][n].fma(weight, v[n]);
+                }
+            }
+        }
+        for r in 0..R {
+            for n in 0..N {
+                acc[r][n].store(sums.add(r * dim + n * V::LANES));
+            }
+        }
+    }
+}
