@@ -25,6 +25,7 @@ fn job(prompt: &[u32]) -> Job {
         end_ids: Arc::default(),
         max_new: Some(REPLY),
         top_log_probs: 0,
+        score_prompt: false,
     }
 }
 
@@ -41,7 +42,7 @@ fn run(scheduler: &mut Scheduler, prompts: &[Vec<u32>]) -> Vec<(Vec<u32>, Vec<f3
                     reply.0.push(token.id);
                     reply.1.push(token.log_prob);
                 }
-                Update::Finished { .. } => {}
+                Update::Finished { .. } | Update::Scored(_) => {}
                 Update::Failed(error) => panic!("{error}"),
             }
         }
