@@ -264,7 +264,7 @@ impl Line {
             let is_tag = CLOSE.starts_with(&self.text[at..]);
             let whole = is_tag && self.text.len() - at == CLOSE.len();
             match in_string {
-                false if whole => return self.close_at(at),
+                false if whole => return self.close_at(self.inner.unwrap_or(at)),
                 false if is_tag => return Step::On, // no part of the object
                 false => self.bad = true,
                 true if whole => _ = self.inner.get_or_insert(at),
@@ -275,7 +275,7 @@ impl Line {
             }
         }
         if self.bad {
-            return Step::On;
+            return self.inner.map_or(Step::On, |at| self.close_at(at));
         }
         // An object that is over must not lack anything.
         self.bad = self.read(c, here).is_none() || self.json.at() == At::End && !self.is_call();

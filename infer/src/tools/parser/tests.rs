@@ -49,7 +49,7 @@ fn by_lines(text: &str) -> (String, Vec<(String, String)>) {
     (before.to_string() + after, calls)
 }
 
-const SAMPLES: [&str; 9] = [
+const SAMPLES: [&str; 11] = [
     "Hi <tool_calls>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, {\"b\": \"}\\\"\"}]}}\n\
      {\"name\": \"g\", \"arguments\": {}}\n</tool_calls> <b>",
     "<tool_calls>{\"arguments\":{\"x\":\"上\"},\"name\":\"f\"}</tool_calls>",
@@ -60,6 +60,8 @@ const SAMPLES: [&str; 9] = [
     "<tool_calls>\n{\"name\": \"f\", \"arguments\": {}} x\n</tool_cal\n{\"name\":\"g\",\"arguments\":{}}</tool_call",
     "no calls, <tool_call> <too",
     "<tool_calls></tool_calls><tool_calls>{\"name\":\"f\",\"arguments\":{}}</tool_calls>",
+    "<tool_calls>{\"name\":\"f\",\"arguments\":{\"t\":\"</tool_calls>\"<上海上海上海上海",
+    "<tool_calls>{\"name\":\"f\",\"arguments\":{\"t\":\"</tool_calls>\"</tool_calls>x",
     "x\n<tool_calls>\r\n {\"id\": 7, \"name\" : \"f\" ,\"arguments\" :{ } } \r\n<<</tool_calls>\n",
 ];
 
@@ -73,7 +75,7 @@ fn calls_come_as_they_are_written() {
     ];
     assert_eq!(run(&[SAMPLES[0]]), wanted.concat());
     assert_eq!(run(&[SAMPLES[1]]), call(0, "f", "{\"x\":\"上\"}"));
-    assert_eq!(calls(SAMPLES[8]), [("f".into(), "{ }".into())]);
+    assert_eq!(calls(SAMPLES[10]), [("f".into(), "{ }".into())]);
     assert_eq!(parse(SAMPLES[6]), (SAMPLES[6].into(), vec![]));
 }
 
@@ -186,6 +188,13 @@ fn a_closing_tag_in_a_string_is_text_only_of_a_whole_call() {
         vec![ToolEvent::Broken { index: 0 }, ToolEvent::Text("then\nmore".into())],
     ];
     assert_eq!(events, wanted.concat());
+    // Whatever turns its line bad, the tag in the string was the block's.
+    let begun = |after: &str| {
+        let broken = vec![ToolEvent::Broken { index: 0 }, ToolEvent::Text(after.into())];
+        [call(0, "f", "{\"t\":\"").to_vec(), broken].concat()
+    };
+    assert_eq!(run(&[SAMPLES[8]]), begun("\"<上海上海上海上海"));
+    assert_eq!(run(&[SAMPLES[9]]), begun("\"</tool_calls>x"));
     // Before the call was given out it is simply not there.
     assert_eq!(run(&["<tool_calls>{\"name\": \"f</tool_calls> yes"]), [ToolEvent::Text(" yes".into())]);
     assert_eq!(run(&["<tool_calls>{\"x\": \"f</tool_calls>\"} yes"]), [ToolEvent::Text("\"} yes".into())]);
@@ -210,7 +219,7 @@ fn every_split_in_two_and_three_gives_the_same() {
 /// whole text.
 #[test]
 fn fuzz_against_the_definition() {
-    const PIECES: [&str; 30] = [
+    const PIECES: [&str; 31] = [
         "<tool_calls>",
         "</tool_calls>",
         "<tool_calls>\n",
@@ -219,6 +228,7 @@ fn fuzz_against_the_definition() {
         "</",
         "</tool_",
         "calls>",
+        "\"</tool_calls>\"",
         "\n",
         " ",
         "{",
@@ -244,7 +254,7 @@ fn fuzz_against_the_definition() {
     ];
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let (mut with_calls, mut compared) = (0, 0);
-    for _ in 0..20_000 {
+    for _ in 0..50_000 {
         let n = rng.random_range(1..14);
         let open = rng.random_bool(0.5).then_some(OPEN);
         let pieces = (0..n).map(|_| PIECES[rng.random_range(0..PIECES.len())]);
