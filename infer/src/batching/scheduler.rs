@@ -585,18 +585,20 @@ mod tests {
     /// wants is held to it, and refused if that is more than there is.
     #[test]
     fn replies_without_a_limit_share_the_memory() {
+        const CONTEXT: usize = 2500;
         let engine = tiny(VOCAB, CONTEXT);
-        let free = Scheduler::new(engine.model(), settings(2, 0, true));
+        let mut limited = settings(2, 0, true);
+        limited.batch.context = CONTEXT;
+        let free = Scheduler::new(engine.model(), limited);
         let row = |tokens| {
             free.batcher.needed(&Request::new(text(tokens, 1), choice(1, 0.0).sampler, Arc::default(), Some(0)))
         };
         assert_eq!((free.batcher.longest_in(row(256)), free.batcher.longest_in(row(256) - 1)), (256, 0));
         assert_eq!((free.batcher.longest_in(u64::MAX), free.room(10)), (CONTEXT, None));
-        let mut limited = settings(2, 0, true);
-        limited.batch.memory = Some(2 * row(1280));
+        limited.batch.memory = Some(2 * row(2000));
         let mut scheduler = Scheduler::new(engine.model(), limited);
         let unlimited = |n| Job { max_new: None, ..job(text(n, 1), vec![], vec![choice(1, 0.0)], 0) };
-        let jobs = [0, 1].map(|_| scheduler.submit(unlimited(1200)).unwrap());
+        let jobs = [0, 1].map(|_| scheduler.submit(unlimited(2200)).unwrap());
         let mut drawn = [0, 0];
         let mut most = 0;
         while !scheduler.is_idle() {
