@@ -102,32 +102,34 @@ def tell(**figures):
 
 
 def batch():
-    """16 requests one after another, and so many at once."""
-    rates = {}
+    """16 requests one after another, and so many at once, in turn: a machine's speed changes from minute to minute."""
+
+    def run(at_once, round):
+        todo, made, lock = [completion(64, 1000 * at_once + 100 * round + i, a.tokens) for i in range(16)], [], threading.Lock()
+
+        def work():
+            connection = connect()
+            while True:
+                with lock:
+                    if not todo:
+                        return
+                    body = todo.pop()
+                usage = post("/v1/completions", body, connection)["usage"]
+                with lock:
+                    made.append(usage["completion_tokens"])
+
+        begin = time.perf_counter()
+        threads = [threading.Thread(target=work) for _ in range(at_once)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert made == [a.tokens] * 16, made
+        return sum(made) / (time.perf_counter() - begin)
+
+    rounds = [{at_once: run(at_once, round) for at_once in [1, 4, 16]} for round in range(a.rounds)]
     for at_once in [1, 4, 16]:
-        runs = []
-        for round in range(a.rounds):
-            todo, made, lock = [completion(64, 1000 * at_once + 100 * round + i, a.tokens) for i in range(16)], [], threading.Lock()
-
-            def work():
-                connection = connect()
-                while True:
-                    with lock:
-                        if not todo:
-                            return
-                        body = todo.pop()
-                    usage = post("/v1/completions", body, connection)["usage"]
-                    with lock:
-                        made.append(usage["completion_tokens"])
-
-            begin = time.perf_counter()
-            threads = [threading.Thread(target=work) for _ in range(at_once)]
-            [t.start() for t in threads]
-            [t.join() for t in threads]
-            runs.append(sum(made) / (time.perf_counter() - begin))
-            assert made == [a.tokens] * 16, made
-        rates[at_once] = statistics.median(runs)
-        tell(test="batch", at_once=at_once, tokens_per_second=round_(rates[at_once]), against_one=round_(rates[at_once] / rates[1]))
+        rate = statistics.median(round[at_once] for round in rounds)
+        ratios = sorted(round[at_once] / round[1] for round in rounds)
+        tell(test="batch", at_once=at_once, tokens_per_second=round_(rate), against_one=round_(statistics.median(ratios)), least=round_(ratios[0]), most=round_(ratios[-1]))
 
 
 def prefill():
