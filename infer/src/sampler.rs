@@ -309,6 +309,9 @@ pub fn log_prob(logits: &[f32], id: u32) -> f32 {
 
 /// The `n` likeliest ids with log-softmax of `logits`, likeliest first; of equals the lowest id.
 pub fn top_log_probs(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    if n == 0 {
+        return Vec::new(); // what is mostly asked for, at every draw
+    }
     let norm = log_sum_exp(logits);
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let mut all: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();

@@ -117,17 +117,29 @@ class Llama:
         lib.llama_attach_threadpool(self.context, self.pool, None)
         self.batch, self.position = lib.llama_batch_init(2048, 0, 1), 0
 
+    def fill(self, texts):
+        """Puts `texts` into the batch: sequence, position of its first id, ids, and whose logits are made: all, last, none."""
+        b, n = self.batch, 0
+        for sequence, position, ids, logits in texts:
+            for at, id in enumerate(ids):
+                b.token[n], b.pos[n], b.n_seq_id[n] = int(id), position + at, 1
+                b.seq_id[n][0] = sequence
+                b.logits[n] = logits == "all" or logits == "last" and at == len(ids) - 1
+                n += 1
+        b.n_tokens = n
+
+    def decode(self):
+        """Computes the batch."""
+        assert self.lib.llama_decode(self.context, self.batch) == 0
+
     def feed(self, ids, all_logits=False):
         """Reads `ids`; logits of the last, or of all of them, are made."""
         out = []
         for start in range(0, len(ids), 2048):
-            chunk, b = ids[start : start + 2048], self.batch
-            b.n_tokens = len(chunk)
-            for i, id in enumerate(chunk):
-                b.token[i], b.pos[i], b.n_seq_id[i] = int(id), self.position + i, 1
-                b.seq_id[i][0] = 0
-                b.logits[i] = all_logits or start + i == len(ids) - 1
-            assert self.lib.llama_decode(self.context, b) == 0
+            chunk = ids[start : start + 2048]
+            last = start + len(chunk) == len(ids)
+            self.fill([(0, self.position, chunk, "all" if all_logits else "last" if last else "none")])
+            self.decode()
             self.position += len(chunk)
             if all_logits:
                 row = lambda i: np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab,)).copy()
@@ -182,13 +194,9 @@ def batch(a):
         llama.open(n * 256, sequences=n)
         begin = time.perf_counter()
         for position, tokens in [(0, 64)] + [(64 + i, 1) for i in range(127)]:
-            b, ids = llama.batch, rng.integers(0, llama.vocab, n * tokens)
-            b.n_tokens = len(ids)
-            for i, id in enumerate(ids):
-                b.token[i], b.pos[i], b.n_seq_id[i] = int(id), position + i % tokens, 1
-                b.seq_id[i][0] = i // tokens
-                b.logits[i] = i % tokens == tokens - 1
-            assert llama.lib.llama_decode(llama.context, b) == 0
+            ids = rng.integers(0, llama.vocab, (n, tokens))
+            llama.fill([(sequence, position, ids[sequence], "last") for sequence in range(n)])
+            llama.decode()
             llama.lib.llama_synchronize(llama.context)
         return time.perf_counter() - begin
 
@@ -233,18 +241,12 @@ def first(a):
     waits = []
     for _ in range(a.repetitions):
         llama.open(2 * (long + 512), sequences=2)
-        times, b = [], llama.batch
+        times = []
         for start in range(0, long, 512 - short):
-            texts = [(0, start, min(512 - short, long - start)), (1, 0, short)]
-            i = 0
-            for sequence, position, count in texts:
-                for at in range(count):
-                    b.token[i], b.pos[i], b.n_seq_id[i] = int(rng.integers(0, llama.vocab)), position + at, 1
-                    b.seq_id[i][0], b.logits[i] = sequence, at == count - 1
-                    i += 1
-            b.n_tokens = i
+            random = lambda n: rng.integers(0, llama.vocab, n)
+            llama.fill([(0, start, random(min(512 - short, long - start)), "last"), (1, 0, random(short), "last")])
             begin = time.perf_counter()
-            assert llama.lib.llama_decode(llama.context, b) == 0
+            llama.decode()
             llama.lib.llama_synchronize(llama.context)
             times.append(time.perf_counter() - begin)
             assert llama.lib.llama_memory_seq_rm(llama.lib.llama_get_memory(llama.context), 1, -1, -1)

@@ -38,37 +38,33 @@ def post(path, body, connection=None):
     return data
 
 
-def first_token(path, body):
-    """Seconds to the first event with something in it, and the usage at the end."""
+def events(path, body):
+    """The events of a stream, with the time at which each comes; the last one has the usage."""
     connection = connect()
-    begin = time.perf_counter()
     connection.request("POST", path, json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 200, answer.read()
-    first, usage = None, None
     for line in answer:
         if line.startswith(b"data: {"):
-            event = json.loads(line[6:])
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                delta = choice.get("delta") or {}
-                if first is None and (choice.get("text") or delta.get("content") or delta.get("reasoning_content")):
-                    first = time.perf_counter() - begin
-    return first, usage
+            yield time.perf_counter(), json.loads(line[6:])
+
+
+def first_token(path, body):
+    """Seconds to the first event with something in it, and the usage at the end."""
+    begin, first = time.perf_counter(), None
+    for now, event in events(path, body):
+        for choice in event["choices"]:
+            delta = choice.get("delta") or {}
+            if first is None and (choice.get("text") or delta.get("content") or delta.get("reasoning_content")):
+                first = now - begin
+    return first, event["usage"]
 
 
 def tokens_of(body):
-    """When each token of a reply comes, and how many come with it; the usage at the end."""
-    connection = connect()
-    asked = body | {"stream": True, "logprobs": 0, "stream_options": {"include_usage": True}}
-    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
-    for line in answer:
-        if line.startswith(b"data: {"):
-            event = json.loads(line[6:])
-            tokens = sum(len((choice.get("logprobs") or {}).get("tokens", [])) for choice in event["choices"])
-            yield time.perf_counter(), tokens, event.get("usage")
+    """When each token of a completion comes, and how many come with it; the usage at the end."""
+    for now, event in events("/v1/completions", body | {"logprobs": 0}):
+        tokens = sum(len((choice.get("logprobs") or {}).get("tokens", [])) for choice in event["choices"])
+        yield now, tokens, event.get("usage")
 
 
 def gaps(body, enough):
@@ -83,9 +79,9 @@ def gaps(body, enough):
 
 def rate(body):
     """Tokens a second between the first and the last of a reply, and its usage."""
-    events = list(tokens_of(body))
-    come = [(now, tokens) for now, tokens, _ in events if tokens]
-    return sum(tokens for _, tokens in come[1:]) / (come[-1][0] - come[0][0]), events[-1][2]
+    told = list(tokens_of(body))
+    come = [(now, tokens) for now, tokens, _ in told if tokens]
+    return sum(tokens for _, tokens in come[1:]) / (come[-1][0] - come[0][0]), told[-1][2]
 
 
 def prompt(n, seed):

@@ -410,20 +410,14 @@ impl<'a> Batcher<'a> {
     }
 }
 
-/// Scores tokens, a part at a time: all logits of a piece would be a gigabyte for a vocabulary as large as M1's.
+/// Scores tokens, a part at a time: the logits of a whole piece are hundreds of megabytes for a vocabulary as large as M1's.
 fn score(model: &M1, unscored: Unscored) -> Result<Vec<Scored>, EngineError> {
     let Unscored { top_log_probs, ids, hidden, .. } = unscored;
     let vocab = model.config().vocab_size;
     let mut scored = Vec::with_capacity(ids.len());
     for part in ids.chunks((SCORED / vocab).max(1)) {
         let logits = to_host(model.logits(hidden.clone().narrow(0, scored.len(), part.len())))?;
-        // Each is locked once, by the thread that scores it.
-        let cells: Vec<Mutex<Option<Scored>>> = part.iter().map(|_| Mutex::new(None)).collect();
-        pool::run(part.len(), |i| {
-            let logits = &logits[i * vocab..][..vocab];
-            *cells[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(Scored::of(part[i], logits, top_log_probs));
-        });
-        scored.extend(cells.into_iter().filter_map(|cell| cell.into_inner().unwrap_or_else(PoisonError::into_inner)));
+        scored.extend(on_pool(part.len(), |i| Scored::of(part[i], &logits[i * vocab..][..vocab], top_log_probs)));
     }
     Ok(scored)
 }
@@ -444,7 +438,7 @@ impl Draw<'_> {
         if let Some(guide) = guide {
             guide.take(token.id)?;
         }
-        Ok((token, if *top == 0 { Vec::new() } else { top_log_probs(self.logits, *top) }))
+        Ok((token, top_log_probs(self.logits, *top)))
     }
 
     /// How much work it is, in logits looked at; a guide looks at the whole vocabulary with more care.
@@ -458,13 +452,13 @@ fn draw_all(draws: Vec<Draw>) -> Vec<Result<Drawn, EngineError>> {
     if draws.iter().map(Draw::work).sum::<usize>() < SPREAD {
         return draws.into_iter().map(|mut draw| draw.draw()).collect();
     }
-    // Each is locked once, by the thread that draws it.
-    let cells: Vec<Mutex<(Draw, Option<_>)>> = draws.into_iter().map(|draw| Mutex::new((draw, None))).collect();
-    pool::run(cells.len(), |i| {
-        let mut cell = cells[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let drawn = cell.0.draw();
-        cell.1 = Some(drawn);
-    });
-    let result = |cell: Mutex<(Draw, Option<_>)>| cell.into_inner().unwrap_or_else(PoisonError::into_inner).1;
-    cells.into_iter().filter_map(result).collect()
+    let draws: Vec<Mutex<Draw>> = draws.into_iter().map(Mutex::new).collect();
+    on_pool(draws.len(), |i| draws[i].lock().unwrap_or_else(PoisonError::into_inner).draw())
+}
+
+/// `make(i)` for every `i` below `n`, in their order, made on the pool's threads. Each place is locked once.
+fn on_pool<T: Send>(n: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let places: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
+    pool::run(n, |i| *places[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(make(i)));
+    places.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
 }

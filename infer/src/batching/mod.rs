@@ -141,8 +141,7 @@ impl Scored {
 
     /// Of `id` under the `logits` `[vocab]` before it, with `top` others.
     fn of(id: u32, logits: &[f32], top: usize) -> Self {
-        let likeliest = if top == 0 { Vec::new() } else { top_log_probs(logits, top) };
-        Self { id, log_prob: log_prob(logits, id), top: likeliest }
+        Self { id, log_prob: log_prob(logits, id), top: top_log_probs(logits, top) }
     }
 }
 

@@ -187,19 +187,20 @@ impl Offsets {
 
     fn push(&mut self, tokenizer: &Tokenizer, event: &Event) {
         if let Some((scored, _)) = &event.scored {
-            self.lists.push(tokenizer, scored, self.at);
-            self.at += self.text.push(scored.id).chars().count();
+            self.add(tokenizer, scored);
         }
+    }
+
+    fn add(&mut self, tokenizer: &Tokenizer, scored: &Scored) {
+        self.lists.push(tokenizer, scored, self.at);
+        self.at += self.text.push(scored.id).chars().count();
     }
 
     /// Begins with the prompt.
     fn echo(&mut self, tokenizer: &Tokenizer, first: u32, scores: &[Scored]) {
         self.lists.push_first(tokenizer, first);
         self.at += self.text.push(first).chars().count();
-        for scored in scores {
-            self.lists.push(tokenizer, scored, self.at);
-            self.at += self.text.push(scored.id).chars().count();
-        }
+        scores.iter().for_each(|scored| self.add(tokenizer, scored));
     }
 
     fn take(&mut self) -> Value {
