@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use super::buffer::{Buffer, SendPtr};
+use super::masked::transpose;
 use super::pool;
 use super::simd::{self, Level};
 use super::tile::{self, Kind, PANEL, Panels, Rows, Target};
@@ -218,91 +219,12 @@ fn pack(level: Level, from: Mat, rows: usize, columns: usize, to: &mut [f32], st
             to[..columns].copy_from_slice(&from.data[i * from.row_stride..][..columns]);
         }
     } else if from.row_stride == 1 {
-        transpose(level, from.data, from.col_stride, columns, rows, to, stride);
+        transpose(level, columns, rows, from.data, from.col_stride, to, stride);
     } else {
         for (i, to) in to.chunks_mut(stride).enumerate().take(rows) {
             for (j, to) in to[..columns].iter_mut().enumerate() {
                 *to = from.data[i * from.row_stride + j * from.col_stride];
             }
-        }
-    }
-}
-
-/// `to[j * to_stride + i] = from[i * from_stride + j]` for `i < rows`, `j < columns`.
-pub(crate) fn transpose(
-    level: Level,
-    from: &[f32],
-    from_stride: usize,
-    rows: usize,
-    columns: usize,
-    to: &mut [f32],
-    to_stride: usize,
-) {
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    assert!(from.len() >= (rows - 1) * from_stride + columns);
-    assert!(to.len() >= (columns - 1) * to_stride + rows);
-    let side = if level >= Level::Avx512 { 16 } else { 8 };
-    for i in (0..rows).step_by(side) {
-        for j in (0..columns).step_by(side) {
-            let (r, c) = (side.min(rows - i), side.min(columns - j));
-            #[cfg(target_arch = "x86_64")]
-            if side == 16 && r == 16 && c == 16 {
-                // SAFETY: the level says AVX-512; the square lies inside both matrices.
-                unsafe {
-                    let (from, to) = (from.as_ptr().add(i * from_stride + j), to.as_mut_ptr().add(j * to_stride + i));
-                    transpose_16(from, from_stride, to, to_stride);
-                }
-                continue;
-            }
-            for y in j..j + c {
-                for x in i..i + r {
-                    to[y * to_stride + x] = from[x * from_stride + y];
-                }
-            }
-        }
-    }
-}
-
-/// A square of 16 × 16.
-///
-/// # Safety
-/// The square must lie inside both matrices.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose_16(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
-    use std::arch::x86_64::*;
-    // SAFETY: the caller answers for the pointers. Pairs of rows, then fours, then quarters of the register change places.
-    unsafe {
-        let mut a: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(from.add(i * from_stride)));
-        let mut b = a;
-        for i in 0..8 {
-            b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
-            b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
-        }
-        for i in 0..4 {
-            let d = |x: __m512| _mm512_castps_pd(x);
-            let s = |x: __m512d| _mm512_castpd_ps(x);
-            a[4 * i] = s(_mm512_unpacklo_pd(d(b[4 * i]), d(b[4 * i + 2])));
-            a[4 * i + 1] = s(_mm512_unpackhi_pd(d(b[4 * i]), d(b[4 * i + 2])));
-            a[4 * i + 2] = s(_mm512_unpacklo_pd(d(b[4 * i + 1]), d(b[4 * i + 3])));
-            a[4 * i + 3] = s(_mm512_unpackhi_pd(d(b[4 * i + 1]), d(b[4 * i + 3])));
-        }
-        // a[4 * i + j] now holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i .. 4 i + 4, a quarter each.
-        for j in 0..4 {
-            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[j], a[4 + j]);
-            let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[j], a[4 + j]);
-            let even_low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[8 + j], a[12 + j]);
-            let odd_low = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[8 + j], a[12 + j]);
-            // even: columns j, 8 + j of rows 0..4, then of rows 4..8; odd: columns 4 + j, 12 + j.
-            b[j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even, even_low);
-            b[8 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even, even_low);
-            b[4 + j] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd, odd_low);
-            b[12 + j] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd, odd_low);
-        }
-        for (i, row) in b.into_iter().enumerate() {
-            _mm512_storeu_ps(to.add(i * to_stride), row);
         }
     }
 }

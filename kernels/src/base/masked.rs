@@ -295,8 +295,8 @@ pub(crate) fn transpose(
     if rows == 0 || columns == 0 {
         return;
     }
-    assert!(from_row >= columns && from.len() >= (rows - 1) * from_row + columns);
-    assert!(to_row >= rows && to.len() >= (columns - 1) * to_row + rows);
+    assert!(from.len() >= (rows - 1) * from_row + columns);
+    assert!(to.len() >= (columns - 1) * to_row + rows);
     transpose_at(level, [rows, columns], from, from_row, to, to_row);
 }
 

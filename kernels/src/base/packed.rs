@@ -13,7 +13,7 @@ use half::f16;
 pub use super::acts::Acts;
 use super::acts::{Form, round_to_pairs};
 use super::buffer::{Buffer, SendPtr};
-use super::gemm::transpose;
+use super::masked::transpose;
 use super::pool;
 use super::quant::{self, Quant};
 pub use super::quant::{QuantizeError, dequantize_row, quantize_row};
@@ -284,14 +284,14 @@ fn words(bytes: &[u8]) -> &[f32] {
 fn pack_panel(level: Level, format: Format, input: usize, rows: &mut [f32], panel: &mut [u8]) {
     let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
     match format {
-        Format::F32 => transpose(level, rows, input, PANEL, input, panel, PANEL),
+        Format::F32 => transpose(level, PANEL, input, rows, input, panel, PANEL),
         Format::Bf16 => {
             let units = input.div_ceil(2);
             let mut pairs = vec![0.0; units * PANEL];
             for (row, pairs) in rows.chunks_exact(input.max(1)).zip(pairs.chunks_exact_mut(units.max(1))) {
                 round_to_pairs(level, row, pairs);
             }
-            transpose(level, &pairs, units, PANEL, units, panel, PANEL);
+            transpose(level, PANEL, units, &pairs, units, panel, PANEL);
         }
         Format::Int8 { .. } | Format::Int4 { .. } => unreachable!("packed elsewhere"),
     }

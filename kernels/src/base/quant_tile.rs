@@ -53,7 +53,11 @@ pub(crate) unsafe fn product(
         return;
     }
     let exact = matches!(row(0), Row::Exact(_));
-    let most = if exact { MOST } else { 6 };
+    let most = match level {
+        _ if exact => MOST,
+        Level::Avx2 | Level::Avx512 => 4, // sums of 16 columns in 16 registers
+        _ => 6,
+    };
     let groups = count.div_ceil(most);
     let (each, larger) = (count / groups, count % groups);
     let bytes = blocks * quant.block_bytes();
@@ -293,102 +297,141 @@ mod x86 {
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn avx2(tile: &Tile) {
         // SAFETY: this function's own conditions.
-        unsafe { shapes!(tile, avx2_rows, 1 2 3 4 5 6) }
+        unsafe { shapes!(tile, avx2_rows, 1 2 3 4) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe {
+            if R <= 2 {
+                // What memory decides about: a panel is one stream.
+                avx2_columns::<R, 4, BITS, BLOCK>(tile, 0);
+            } else {
+                avx2_columns::<R, 2, BITS, BLOCK>(tile, 0);
+                avx2_columns::<R, 2, BITS, BLOCK>(tile, 16);
+            }
+        }
+    }
+
+    /// `8 · N` columns of the panel from `first` on.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_columns<const R: usize, const N: usize, const BITS: usize, const BLOCK: usize>(
+        tile: &Tile,
+        first: usize,
+    ) {
         let (x, meta) = quantized::<R>(tile);
         let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
-        // Pairs of rows times half a panel: eight sums fit in the registers.
-        for first in (0..R).step_by(2) {
-            let rows = (R - first).min(2);
-            for half in 0..2 {
-                let mut total = [[_mm256_setzero_ps(); 2]; 2];
-                for b in 0..tile.blocks {
-                    // SAFETY: the panel and the rows have that many blocks, says the caller of `product`.
-                    unsafe {
-                        let block = tile.panel.add(b * block_bytes);
-                        let values = block.add(SCALES + 64 * half);
-                        let scales: [__m256; 2] = std::array::from_fn(|i| {
-                            _mm256_cvtph_ps(_mm_loadu_si128(block.add(32 * half + 16 * i).cast()))
-                        });
-                        for r in 0..2 {
-                            if r < rows {
-                                let meta = *meta[first + r].add(b);
-                                let x = x[first + r].add(b * BLOCK);
-                                let dots =
-                                    if BITS == 8 { dots8::<BLOCK>(values, x) } else { dots4::<BLOCK>(values, x) };
-                                for i in 0..2 {
-                                    let dot =
-                                        _mm256_cvtepi32_ps(_mm256_add_epi32(dots[i], _mm256_set1_epi32(meta.bias)));
-                                    let scale = _mm256_mul_ps(scales[i], _mm256_set1_ps(meta.scale));
-                                    total[r][i] = _mm256_fmadd_ps(dot, scale, total[r][i]);
-                                }
+        let mut total = [[_mm256_setzero_ps(); N]; R];
+        for b in 0..tile.blocks {
+            // SAFETY: the panel and the rows have that many blocks, says the caller of `product`; fetching ahead touches nothing.
+            unsafe {
+                let block = tile.panel.add(b * block_bytes);
+                let values = block.add(SCALES + 4 * first);
+                let x = x.map(|x| x.add(b * BLOCK));
+                if R <= 2 {
+                    _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(AHEAD).cast());
+                }
+                let dots = if BITS == 8 { dots8::<R, N, BLOCK>(values, &x) } else { dots4::<R, N, BLOCK>(values, &x) };
+                for i in 0..N {
+                    let scales = _mm256_cvtph_ps(_mm_loadu_si128(block.add(2 * first + 16 * i).cast()));
+                    for r in 0..R {
+                        let meta = *meta[r].add(b);
+                        // The products of int8 are signed already.
+                        let bias = if BITS == 8 { 0 } else { meta.bias };
+                        let dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[r][i], _mm256_set1_epi32(bias)));
+                        let scale = _mm256_mul_ps(scales, _mm256_set1_ps(meta.scale));
+                        total[r][i] = _mm256_fmadd_ps(dot, scale, total[r][i]);
+                    }
+                }
+            }
+        }
+        for (r, total) in total.iter().enumerate() {
+            for (i, &total) in total.iter().enumerate() {
+                // SAFETY: 32 columns of each row are the target's.
+                unsafe { _mm256_storeu_ps(tile.to.add(r * tile.stride + first + 8 * i), total) };
+            }
+        }
+    }
+
+    /// The exact sums of one block. 255 · 127 · 2 does not fit in the 16 bits of `vpmaddubsw`, but 128 · 127 · 2 does: the weight's
+    /// magnitude, times the activation with the weight's sign.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dots8<const R: usize, const N: usize, const BLOCK: usize>(
+        values: *const u8,
+        x: &[*const i8; R],
+    ) -> [[__m256i; N]; R] {
+        let flip = _mm256_set1_epi8(i8::MIN);
+        let ones = _mm256_set1_epi16(1);
+        let mut sum = [[_mm256_setzero_si256(); N]; R];
+        for u in 0..BLOCK / 4 {
+            // SAFETY: inside the block; fetching ahead touches nothing.
+            unsafe {
+                let p = values.add(u * 4 * PANEL);
+                ahead::<R>(p);
+                for i in 0..N {
+                    let w = _mm256_xor_si256(_mm256_loadu_si256(p.add(32 * i).cast()), flip);
+                    let magnitude = _mm256_abs_epi8(w);
+                    for r in 0..R {
+                        let x = _mm256_set1_epi32(x[r].add(4 * u).cast::<i32>().read_unaligned());
+                        let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+                        sum[r][i] = _mm256_add_epi32(sum[r][i], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+        }
+        sum
+    }
+
+    /// As [`dots8`] for unsigned nibbles: 32 products of at most 15 · 127 in four lanes of two each stay below 2¹⁵.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dots4<const R: usize, const N: usize, const BLOCK: usize>(
+        values: *const u8,
+        x: &[*const i8; R],
+    ) -> [[__m256i; N]; R] {
+        let nibble = _mm256_set1_epi8(15);
+        let mut sum = [[_mm256_setzero_si256(); N]; R];
+        for part in 0..BLOCK / 32 {
+            let mut short = [[_mm256_setzero_si256(); N]; R];
+            for u in 4 * part..4 * part + 4 {
+                // SAFETY: inside the block; fetching ahead touches nothing.
+                unsafe {
+                    let p = values.add(u * 4 * PANEL);
+                    ahead::<R>(p);
+                    for pair in (0..N).step_by(2) {
+                        let w = [0, 32].map(|at| _mm256_loadu_si256(p.add(32 * pair + at).cast()));
+                        let low = w.map(|w| _mm256_and_si256(w, nibble));
+                        let high = w.map(|w| _mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble));
+                        for r in 0..R {
+                            let x = x[r].add(8 * u).cast::<i32>();
+                            let x = [0, 1].map(|i| _mm256_set1_epi32(x.add(i).read_unaligned()));
+                            for i in 0..2 {
+                                let low = _mm256_maddubs_epi16(low[i], x[0]);
+                                let high = _mm256_maddubs_epi16(high[i], x[1]);
+                                let sum = &mut short[r][pair + i];
+                                *sum = _mm256_add_epi16(*sum, _mm256_add_epi16(low, high));
                             }
                         }
                     }
                 }
-                for (r, total) in total.iter().enumerate().take(rows) {
-                    for (i, &total) in total.iter().enumerate() {
-                        let at = (first + r) * tile.stride + 16 * half + 8 * i;
-                        // SAFETY: 32 columns of each row are the target's.
-                        unsafe { _mm256_storeu_ps(tile.to.add(at), total) };
-                    }
-                }
             }
-        }
-    }
-
-    /// The exact sums of one block over 16 columns, unsigned bytes times signed ones: 255 · 127 · 2 does not fit in the 16 bits
-    /// of `vpmaddubsw`, so both sides are widened.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dots8<const BLOCK: usize>(values: *const u8, x: *const i8) -> [__m256i; 2] {
-        let mut sum = [_mm256_setzero_si256(); 2];
-        for u in 0..BLOCK / 4 {
-            // SAFETY: inside the block.
-            unsafe {
-                let x = _mm256_set1_epi32(x.add(4 * u).cast::<i32>().read_unaligned());
-                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
-                let odd = _mm256_srai_epi16::<8>(x);
-                for (i, sum) in sum.iter_mut().enumerate() {
-                    let w = _mm256_loadu_si256(values.add(u * 4 * PANEL + 32 * i).cast());
-                    let even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), even);
-                    let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), odd);
-                    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(even, odd));
-                }
+            for (sum, short) in sum.iter_mut().flatten().zip(short.iter().flatten()) {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*short, _mm256_set1_epi16(1)));
             }
         }
         sum
     }
 
-    /// As [`dots8`] for nibbles: 32 products of at most 15 · 127 in four lanes of two each stay below 2¹⁵.
+    /// Asks for the two lines that a panel's stream comes to, where few rows leave the rate to memory.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dots4<const BLOCK: usize>(values: *const u8, x: *const i8) -> [__m256i; 2] {
-        let nibble = _mm256_set1_epi8(15);
-        let mut sum = [_mm256_setzero_si256(); 2];
-        for part in 0..BLOCK / 32 {
-            let mut short = [_mm256_setzero_si256(); 2];
-            for u in 4 * part..4 * part + 4 {
-                // SAFETY: inside the block.
-                unsafe {
-                    let low = _mm256_set1_epi32(x.add(8 * u).cast::<i32>().read_unaligned());
-                    let high = _mm256_set1_epi32(x.add(8 * u + 4).cast::<i32>().read_unaligned());
-                    for (i, short) in short.iter_mut().enumerate() {
-                        let w = _mm256_loadu_si256(values.add(u * 4 * PANEL + 32 * i).cast());
-                        let low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), low);
-                        let high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), nibble), high);
-                        *short = _mm256_add_epi16(*short, _mm256_add_epi16(low, high));
-                    }
-                }
-            }
-            for (sum, short) in sum.iter_mut().zip(short) {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(short, _mm256_set1_epi16(1)));
-            }
+    fn ahead<const R: usize>(p: *const u8) {
+        if R <= 2 {
+            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD + 64).cast());
         }
-        sum
     }
 
     /// # Safety
@@ -480,39 +523,61 @@ mod x86 {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn exact256_rows<const R: usize, const BITS: usize, const BLOCK: usize>(tile: &Tile) {
+        // SAFETY: this function's own conditions.
+        unsafe {
+            if R <= 2 {
+                exact256_columns::<R, 4, BITS, BLOCK>(tile, 0);
+            } else {
+                // R sums, one register of weights.
+                (0..4).for_each(|quarter| exact256_columns::<R, 1, BITS, BLOCK>(tile, 8 * quarter));
+            }
+        }
+    }
+
+    /// `8 · N` columns of the panel from `first` on.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn exact256_columns<const R: usize, const N: usize, const BITS: usize, const BLOCK: usize>(
+        tile: &Tile,
+        first: usize,
+    ) {
         let x = exact::<R>(tile);
         let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
-        // A quarter of a panel at a time: R sums, one register of weights.
-        for quarter in 0..4 {
-            let mut total = [_mm256_setzero_ps(); R];
-            for b in 0..tile.blocks {
-                // SAFETY: the panel and the rows have that many blocks, says the caller of `product`.
-                unsafe {
-                    let block = tile.panel.add(b * block_bytes);
-                    let scales = _mm256_cvtph_ps(_mm_loadu_si128(block.add(16 * quarter).cast()));
-                    for u in 0..BLOCK * BITS / 32 {
-                        let v = _mm256_loadu_si256(block.add(SCALES + u * 4 * PANEL + 32 * quarter).cast());
-                        for k in 0..32 / BITS {
+        let mut total = [[_mm256_setzero_ps(); N]; R];
+        for b in 0..tile.blocks {
+            // SAFETY: the panel and the rows have that many blocks, says the caller of `product`; fetching ahead touches nothing.
+            unsafe {
+                let block = tile.panel.add(b * block_bytes);
+                let scales: [__m256; N] =
+                    std::array::from_fn(|i| _mm256_cvtph_ps(_mm_loadu_si128(block.add(2 * first + 16 * i).cast())));
+                for u in 0..BLOCK * BITS / 32 {
+                    let p = block.add(SCALES + u * 4 * PANEL + 4 * first);
+                    ahead::<R>(p);
+                    let v: [__m256i; N] = std::array::from_fn(|i| _mm256_loadu_si256(p.add(32 * i).cast()));
+                    for k in 0..32 / BITS {
+                        let x: [__m256; R] =
+                            std::array::from_fn(|r| _mm256_set1_ps(*x[r].add(b * BLOCK + 32 / BITS * u + k)));
+                        for i in 0..N {
                             let q = if BITS == 8 {
-                                let up = _mm256_xor_si256(v, _mm256_set1_epi8(i8::MIN));
+                                let up = _mm256_xor_si256(v[i], _mm256_set1_epi8(i8::MIN));
                                 _mm256_srai_epi32::<24>(_mm256_sll_epi32(up, _mm_cvtsi32_si128(24 - 8 * k as i32)))
                             } else {
                                 let shift = _mm_cvtsi32_si128((k % 4 * 8 + k / 4 * 4) as i32);
-                                let q = _mm256_and_si256(_mm256_srl_epi32(v, shift), _mm256_set1_epi32(15));
+                                let q = _mm256_and_si256(_mm256_srl_epi32(v[i], shift), _mm256_set1_epi32(15));
                                 _mm256_sub_epi32(q, _mm256_set1_epi32(8))
                             };
-                            let w = _mm256_mul_ps(_mm256_cvtepi32_ps(q), scales);
+                            let w = _mm256_mul_ps(_mm256_cvtepi32_ps(q), scales[i]);
                             for r in 0..R {
-                                let x = _mm256_set1_ps(*x[r].add(b * BLOCK + 32 / BITS * u + k));
-                                total[r] = _mm256_fmadd_ps(x, w, total[r]);
+                                total[r][i] = _mm256_fmadd_ps(x[r], w, total[r][i]);
                             }
                         }
                     }
                 }
             }
-            for (r, &total) in total.iter().enumerate() {
+        }
+        for (r, total) in total.iter().enumerate() {
+            for (i, &total) in total.iter().enumerate() {
                 // SAFETY: 32 columns of each row are the target's.
-                unsafe { _mm256_storeu_ps(tile.to.add(r * tile.stride + 8 * quarter), total) };
+                unsafe { _mm256_storeu_ps(tile.to.add(r * tile.stride + first + 8 * i), total) };
             }
         }
     }

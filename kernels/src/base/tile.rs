@@ -173,14 +173,11 @@ impl Step for WideBf16 {
     const WORDS: usize = 2;
     #[inline(always)]
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+        // One half after the other: both at once are more than the 16 registers of AVX2 hold beside 12 accumulators.
         // SAFETY: see `product`.
         unsafe {
-            let low = [b[0].low_bf16(), b[1].low_bf16()];
-            let high = [b[0].high_bf16(), b[1].high_bf16()];
-            for r in 0..R {
-                let (x, y) = (V::splat(a[r].add(at)), V::splat(a[r].add(at + 1)));
-                acc[r] = [acc[r][0].fma(x, low[0]).fma(y, high[0]), acc[r][1].fma(x, low[1]).fma(y, high[1])];
-            }
+            F32::step(acc, a, at, [b[0].low_bf16(), b[1].low_bf16()]);
+            F32::step(acc, a, at + 1, [b[0].high_bf16(), b[1].high_bf16()]);
         }
     }
 }

@@ -200,12 +200,13 @@ simd! {
 
 #[inline(always)]
 fn activate_body<const FMA: bool>(x: &[f32], y: &mut [f32]) {
-    let (mut inputs, mut outputs) = (x.chunks_exact(LANES), y.chunks_exact_mut(LANES));
-    for (x, y) in inputs.by_ref().zip(outputs.by_ref()) {
-        y.copy_from_slice(&silu::<FMA>(load(x)));
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks(), y.as_chunks_mut());
+    for (x, y) in x.iter().zip(y) {
+        *y = silu::<FMA>(*x);
     }
-    let (x, y) = (inputs.remainder(), outputs.into_remainder());
-    y.copy_from_slice(&silu::<FMA>(load(x))[..x.len()]);
+    if !x_rest.is_empty() {
+        y_rest.copy_from_slice(&silu::<FMA>(load(x_rest))[..x_rest.len()]);
+    }
 }
 
 simd! {
@@ -217,11 +218,15 @@ simd! {
 fn gated_norm_body<const FMA: bool>(y: &mut [f32], weight: &[f32], gate: &[f32], eps: f32) {
     let n = y.len();
     let mut sums = [0.0_f32; LANES];
-    for x in y.chunks(LANES) {
-        let x = load(x);
+    let mut add = |x: &Lanes| {
         for (sum, x) in sums.iter_mut().zip(x) {
-            *sum = fma::<FMA>(x, x, *sum);
+            *sum = fma::<FMA>(*x, *x, *sum);
         }
+    };
+    let (whole, rest) = y.as_chunks();
+    whole.iter().for_each(&mut add);
+    if !rest.is_empty() {
+        add(&load(rest));
     }
     let mut half = LANES / 2;
     while half > 0 {
@@ -231,10 +236,17 @@ fn gated_norm_body<const FMA: bool>(y: &mut [f32], weight: &[f32], gate: &[f32],
         half /= 2;
     }
     let scale = 1.0 / (sums[0] / n as f32 + eps).sqrt();
-    for ((y, weight), gate) in y.chunks_mut(LANES).zip(weight.chunks(LANES)).zip(gate.chunks(LANES)) {
-        let gate = sigmoid::<FMA>(load(gate));
-        for ((y, weight), gate) in y.iter_mut().zip(weight).zip(gate) {
-            *y = *y * scale * weight * gate;
-        }
+    let scaled = |y: &Lanes, weight: &Lanes, gate: &Lanes| -> Lanes {
+        let gate = sigmoid::<FMA>(*gate);
+        std::array::from_fn(|i| y[i] * scale * weight[i] * gate[i])
+    };
+    let ((y, y_rest), (weight, weight_rest), (gate, gate_rest)) =
+        (y.as_chunks_mut(), weight.as_chunks(), gate.as_chunks());
+    for ((y, weight), gate) in y.iter_mut().zip(weight).zip(gate) {
+        *y = scaled(y, weight, gate);
+    }
+    if !y_rest.is_empty() {
+        let last = scaled(&load(y_rest), &load(weight_rest), &load(gate_rest));
+        y_rest.copy_from_slice(&last[..y_rest.len()]);
     }
 }

@@ -9,7 +9,8 @@ use burn::tensor::{DType, TensorData, bf16};
 use super::LinearBackend;
 use crate::base::buffer::SendPtr;
 use crate::base::flex::{contiguous, matrix, tensor, values};
-use crate::base::gemm::{Mat, par_gemm, transpose};
+use crate::base::gemm::{Mat, par_gemm};
+use crate::base::masked::transpose;
 use crate::base::memory::arbitrary;
 use crate::base::packed::{Acts, Format, Packed, multiply_bf16_block, par_multiply};
 use crate::base::tile::{PANEL, Target};
@@ -125,7 +126,7 @@ fn product_bf16(acts: &Acts, w: &FlexTensor, y: &mut [f32]) {
                 let count = BLOCK.min(units - from);
                 if count > 0 {
                     let source = &words[first * units + from..];
-                    transpose(level, source, units, columns, count, block, PANEL);
+                    transpose(level, columns, count, source, units, block, PANEL);
                 }
                 // SAFETY: these columns of the result are this job's alone.
                 unsafe {

@@ -9,7 +9,8 @@ use burn::tensor::{DType, TensorData, bf16};
 
 use super::LogProbBackend;
 use crate::base::flex::{matrix, tensor};
-use crate::base::gemm::{Mat, par_gemm, transpose};
+use crate::base::gemm::{Mat, par_gemm};
+use crate::base::masked::transpose;
 use crate::base::math::{LANES, exp1, fma};
 use crate::base::packed::{Format, Packed};
 use crate::base::rows::{par_chunks, rows_per_chunk};
@@ -263,7 +264,7 @@ fn unpacked<'a>(head: &Packed, first: usize, len: usize, wide: &'a mut Vec<f32>)
         let row = first + chunk * PANEL;
         // A step of a panel is 32 words, one a row: a number, or a pair of them in bf16.
         let turn = |to: &mut [f32], steps| {
-            transpose(level, bytemuck::cast_slice(head.panel(0, row / PANEL)), PANEL, steps, PANEL, to, steps);
+            transpose(level, steps, PANEL, bytemuck::cast_slice(head.panel(0, row / PANEL)), PANEL, to, steps);
         };
         match head.format() {
             Format::F32 => turn(rows, dim),

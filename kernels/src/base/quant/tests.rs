@@ -197,6 +197,33 @@ fn products_are_right_and_rows_do_not_depend_on_each_other() {
     }
 }
 
+/// The largest sums there are: every weight and every activation as far from zero as it can be, also a -128 (or -8) of a file
+/// that was not written here.
+#[test]
+fn no_sum_is_too_large_for_its_register() {
+    for quant in ALL {
+        let (input, least) = (2 * quant.block, -quant.zero());
+        for (w, x) in [(least, 1.0), (least, -1.0), (-least - 1, 1.0), (-least - 1, -1.0)] {
+            let bytes = quant.panel_bytes(input);
+            let mut panels = vec![0; bytes];
+            quant.clear(&mut panels);
+            let scales = vec![f16::ONE; quant.blocks(input)];
+            (0..PANEL).for_each(|column| quant.put(column, &vec![w as i8; input], &scales, &mut panels));
+            for rows in [1, 2, 3, 4, 6, 7] {
+                let acts = QuantActs::new(quant, rows, input, &vec![x; rows * input]);
+                let wanted = (w as f32) * x * input as f32;
+                for level in simd::levels() {
+                    let got = product(level, &acts, &(0..rows as u32).collect::<Vec<_>>(), &panels, PANEL);
+                    assert!(
+                        got.iter().all(|y| (y - wanted).abs() < 1e-5 * wanted.abs()),
+                        "{level:?} {quant:?} {w} {x}: {got:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn exact_products_are_one_chain_over_dequantised_weights() {
     let mut draw = Draw(4);
