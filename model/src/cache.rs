@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use m1_kernels::base::on_cpu;
-use m1_kernels::softmax_attention::KeyValues;
+use m1_kernels::softmax_attention::{KeyValues, Past};
 
 use crate::batch::ints;
 use crate::config::{AttentionKind, ModelConfig};
@@ -66,10 +66,19 @@ impl Block {
         self.keys.dims()[1]
     }
 
+    /// After it was written to: where others hold the block too, this one is a copy from now on.
+    fn written(self) -> Self {
+        let mark = if Arc::strong_count(&self.mark) == 1 { self.mark } else { Arc::new(()) };
+        Self { mark, ..self }
+    }
+
     fn bytes(&self) -> u64 {
         2 * (self.keys.dtype().size() * self.keys.shape().num_elements()) as u64
     }
 }
+
+/// The mark of the block that [`KvRow::lend`] has given away.
+pub(crate) struct Lent(Arc<()>);
 
 /// Keys and values of one row in one softmax layer, in blocks that double from [`BLOCK`] tokens to the largest of the
 /// device; the last one is filled in place.
@@ -103,12 +112,7 @@ impl KvRow {
         let [heads, tokens, dim] = keys.dims();
         let mut taken = 0;
         while taken < tokens {
-            if self.len == self.room {
-                let size = block_at(self.len, self.largest);
-                let zeros = || Tensor::zeros([heads, size, dim], (&keys.device(), self.dtype));
-                self.blocks.push(Block::new(zeros(), zeros()));
-                self.room += size;
-            }
+            self.make_room(heads, dim, &keys.device());
             let n = (self.room - self.len).min(tokens - taken);
             let part = |x: &Tensor<3>| {
                 let part = x.clone().narrow(1, taken, n);
@@ -119,13 +123,46 @@ impl KvRow {
                 let used = self.len + k.dims()[1] - self.room;
                 let at = [0..heads, used..used + n, 0..dim];
                 let (k, v) = (k.slice_assign(at.clone(), part(&keys)), v.slice_assign(at, part(&values)));
-                // Where others hold the block too, this one is a copy from now on.
-                let mark = if Arc::strong_count(&mark) == 1 { mark } else { Arc::new(()) };
-                self.blocks.push(Block { keys: k, values: v, mark });
+                self.blocks.push(Block { keys: k, values: v, mark }.written());
             }
             self.len += n;
             taken += n;
         }
+    }
+
+    /// Makes room for a token where there is none.
+    fn make_room(&mut self, heads: usize, dim: usize, device: &Device) {
+        if self.len == self.room {
+            let size = block_at(self.len, self.largest);
+            let zeros = || Tensor::zeros([heads, size, dim], (device, self.dtype));
+            self.blocks.push(Block::new(zeros(), zeros()));
+            self.room += size;
+        }
+    }
+
+    /// Lends what is held, with room for a token of `heads` keys and values of `dim`. The last block goes out of hand, so that its
+    /// buffer has one owner: [`KvRow::take_back`] has to follow.
+    pub(crate) fn lend(&mut self, heads: usize, dim: usize, device: &Device) -> (Past, Lent) {
+        self.make_room(heads, dim, device);
+        let last = self.blocks.pop();
+        let mut keys: Vec<Tensor<3>> = Vec::with_capacity(self.blocks.len() + 1);
+        let mut values: Vec<Tensor<3>> = Vec::with_capacity(self.blocks.len() + 1);
+        for block in &self.blocks {
+            keys.push(block.keys.clone());
+            values.push(block.values.clone());
+        }
+        let mark = last.map_or_else(Arc::default, |last| {
+            keys.push(last.keys);
+            values.push(last.values);
+            last.mark
+        });
+        (Past { keys, values, tokens: self.len }, Lent(mark))
+    }
+
+    /// The last block comes back, with another token in it.
+    pub(crate) fn take_back(&mut self, lent: Lent, [keys, values]: [Tensor<3>; 2]) {
+        self.blocks.push(Block { keys, values, mark: lent.0 }.written());
+        self.len += 1;
     }
 
     /// All blocks, cut to the tokens held.

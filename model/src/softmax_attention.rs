@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use m1_kernels::rotary::{Rotation, rotary};
-use m1_kernels::softmax_attention::{KeyValues, softmax_attention};
+use m1_kernels::softmax_attention::{KeyValues, decode, softmax_attention};
 
 use crate::batch::Layout;
 use crate::cache::KvRow;
@@ -52,13 +52,38 @@ impl SoftmaxAttention {
         let q = self.rotated(self.q_proj.forward(h.clone()), self.heads, rotation);
         let k = self.rotated(self.k_proj.forward(h.clone()), self.kv_heads, rotation);
         let v = self.v_proj.forward(h);
-        let (q, k, v) = (layout.heads(q, self.heads), layout.heads(k, self.kv_heads), layout.heads(v, self.kv_heads));
         let o = match cache {
+            Some(rows) if layout.one_each() => self.decode(q, k, v, rows),
+            cache => layout.join(self.chunk(q, k, v, layout, cache)),
+        };
+        self.o_proj.forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
+    }
+
+    /// Any number of tokens a row.
+    fn chunk(
+        &self,
+        q: Tensor<2>,
+        k: Tensor<2>,
+        v: Tensor<2>,
+        layout: &Layout,
+        cache: Option<&mut [KvRow]>,
+    ) -> Tensor<4> {
+        let (q, k, v) = (layout.heads(q, self.heads), layout.heads(k, self.kv_heads), layout.heads(v, self.kv_heads));
+        match cache {
             None => softmax_attention(q, &[KeyValues { keys: k, values: v }], 0),
             Some(rows) => self.over_cache(q, k, v, layout, rows),
-        };
-        let o = layout.join(o);
-        self.o_proj.forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
+        }
+    }
+
+    /// One token a row.
+    fn decode(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, rows: &mut [KvRow]) -> Tensor<2> {
+        let (dim, device) = (k.dims()[1] / self.kv_heads, k.device());
+        let (pasts, lent): (Vec<_>, Vec<_>) = rows.iter_mut().map(|row| row.lend(self.kv_heads, dim, &device)).unzip();
+        let (o, last) = decode(q, k, v, pasts);
+        for ((row, lent), last) in rows.iter_mut().zip(lent).zip(last) {
+            row.take_back(lent, last);
+        }
+        o
     }
 
     fn rotated(&self, x: Tensor<2>, heads: usize, rotation: &Rotation) -> Tensor<2> {

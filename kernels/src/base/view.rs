@@ -12,7 +12,7 @@ enum Stored<'a> {
     Bf16(&'a [bf16]),
 }
 
-/// A tensor `[a, b, tokens, dim]` in f32 or bf16, whatever its strides.
+/// A tensor `[a, b, tokens, dim]` in f32 or bf16, whatever its strides; `[b, tokens, dim]` is the same for every `a`.
 #[derive(Clone, Copy)]
 pub(crate) struct View<'a> {
     stored: Stored<'a>,
@@ -42,15 +42,19 @@ pub(crate) fn swapped(x: FlexTensor) -> FlexTensor {
 
 impl<'a> View<'a> {
     /// # Panics
-    /// If `x` has another rank than 4, another dtype, or a negative stride ([`forward_strides`]).
+    /// If `x` has another rank than 4 or 3, another dtype, or a negative stride ([`forward_strides`]).
     pub(crate) fn new(x: &'a FlexTensor) -> Self {
         let stored = match x.dtype() {
             DType::BF16 => Stored::Bf16(x.storage()),
             _ => Stored::F32(x.storage()),
         };
         let strides = x.layout().strides();
-        assert_eq!(strides.len(), 4, "four dimensions");
-        let strides = std::array::from_fn(|i| usize::try_from(strides[i]).expect("strides that go forward"));
+        assert!([3, 4].contains(&strides.len()), "three or four dimensions");
+        let skipped = 4 - strides.len();
+        let strides = std::array::from_fn(|i| match i.checked_sub(skipped) {
+            Some(i) => usize::try_from(strides[i]).expect("strides that go forward"),
+            None => 0,
+        });
         View { stored, start: x.layout().start_offset(), strides }
     }
 

@@ -11,7 +11,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
 
 use super::cpu_few::{self, Few, Tile};
-use super::{KeyValueBlocks, SoftmaxAttentionBackend, cpu_backward};
+use super::{KeyValueBlocks, Share, SoftmaxAttentionBackend, cpu_backward, cpu_decode};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::tensor;
 use crate::base::masked::{Init, Left, Limits, Right, Size, padded, parts, product, scratch, transpose};
@@ -43,6 +43,10 @@ impl SoftmaxAttentionBackend for Flex {
         forward(q, blocks.keys, blocks.values, past, false).0
     }
 
+    fn softmax_decode(q: T, k: T, v: T, blocks: KeyValueBlocks<Self>, shares: Vec<Share>) -> (T, Vec<T>, Vec<T>) {
+        cpu_decode::step(q, k, v, blocks, &shares)
+    }
+
     fn softmax_attention_train(q: T, k: T, v: T) -> (T, T) {
         forward(q, vec![k], vec![v], 0, true)
     }
@@ -53,7 +57,7 @@ impl SoftmaxAttentionBackend for Flex {
 }
 
 /// Keys and values of a row, wherever its blocks are cut.
-struct Cache<'a> {
+pub(super) struct Cache<'a> {
     keys: Vec<View<'a>>,
     values: Vec<View<'a>>,
     /// Position of each block's first key.
@@ -62,15 +66,18 @@ struct Cache<'a> {
 }
 
 impl<'a> Cache<'a> {
-    fn new(keys: &'a [FlexTensor], values: &'a [FlexTensor]) -> Self {
+    /// The first `len` of the blocks' tokens, or all.
+    pub(super) fn new(keys: &'a [FlexTensor], values: &'a [FlexTensor], len: Option<usize>) -> Self {
         assert_eq!(keys.len(), values.len(), "as many blocks of values as of keys");
-        let mut len = 0;
+        let mut all = 0;
         let starts = keys.iter().map(|block| {
-            let start = len;
-            len += block.shape()[2];
+            let (shape, start) = (block.shape(), all);
+            all += shape[shape.num_dims() - 2];
             start
         });
         let starts = starts.collect();
+        let len = len.unwrap_or(all);
+        assert!(len <= all, "{len} tokens in blocks of {all}");
         Cache {
             keys: keys.iter().map(View::new).collect(),
             values: values.iter().map(View::new).collect(),
@@ -150,15 +157,16 @@ enum Side {
 }
 
 /// What one task works on: some tokens' queries of the heads that share a key head, token by token.
-struct Task {
-    row: usize,
-    kv_head: usize,
+pub(super) struct Task {
+    pub(super) row: usize,
+    pub(super) kv_head: usize,
     /// First token, relative to the call.
-    token: usize,
-    tokens: usize,
+    pub(super) token: usize,
+    pub(super) tokens: usize,
 }
 
-struct Call<'a> {
+/// Queries, and the keys and values that they look at.
+pub(super) struct Call<'a> {
     level: Level,
     q: View<'a>,
     cache: Cache<'a>,
@@ -187,9 +195,31 @@ impl<'a> Partial<'a> {
         let [max, sum, values] = parts(memory, [rows, rows, rows * width]);
         Partial { max, sum, values }
     }
+
+    /// The output of query `i`: its values over its sum.
+    pub(super) fn write(&self, i: usize, width: usize, to: &mut [f32]) {
+        for (to, value) in to.iter_mut().zip(&self.values[i * width..]) {
+            *to = value / self.sum[i];
+        }
+    }
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    /// `q [rows, heads, tokens, dim]` after `past` tokens.
+    pub(super) fn new(q: &'a FlexTensor, cache: Cache<'a>, past: usize, kv_heads: usize) -> Self {
+        let [_, heads, _, dim] = q.shape().dims();
+        Call {
+            level: level(),
+            q: View::new(q),
+            cache,
+            past,
+            group: heads / kv_heads,
+            dim,
+            width: padded(dim),
+            scale: (1.0 / (dim as f64).sqrt()) as f32,
+        }
+    }
+
     fn visible(&self, task: &Task, query: usize) -> usize {
         self.past + task.token + query / self.group + 1
     }
@@ -197,6 +227,11 @@ impl Call<'_> {
     /// Keys that the last query of the task sees.
     fn most(&self, task: &Task) -> usize {
         self.past + task.token + task.tokens
+    }
+
+    /// Spans of keys that the task looks at.
+    fn spans(&self, task: &Task) -> usize {
+        self.most(task).div_ceil(SPAN)
     }
 
     /// The queries, scaled.
@@ -401,38 +436,25 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
     let mut lse = vec![0.0_f32; if want_lse { rows * heads * tokens } else { 0 }];
     if !o.is_empty() {
         let group = heads / kv_heads;
-        let call = Call {
-            level: level(),
-            q: View::new(&q),
-            cache: Cache::new(&keys, &values),
-            past,
-            group,
-            dim,
-            width: padded(dim),
-            scale: (1.0 / (dim as f64).sqrt()) as f32,
-        };
+        let call = Call::new(&q, Cache::new(&keys, &values, None), past, kv_heads);
         let each = (QUERIES / group).clamp(1, tokens);
         let tiles = tokens.div_ceil(each);
         // The last tokens see the most keys: they begin.
         let task = |i: usize| {
             let token = (tiles - 1 - i % tiles) * each;
             let head = i / tiles;
-            Task { row: head / kv_heads, kv_head: head % kv_heads, token, tokens: each.min(tokens - token) }
+            let (row, kv_head) = (head / kv_heads, head % kv_heads);
+            (&call, Task { row, kv_head, token, tokens: each.min(tokens - token) })
         };
-        let tasks = rows * kv_heads * tiles;
         let width = call.width;
-        let words = Partial::words(each * group, width);
         let (o, lse) = (SendPtr(o.as_mut_ptr()), SendPtr(lse.as_mut_ptr()));
         // SAFETY (of `finish`): `o` and `lse` hold a part for every token and head; each is written by one task.
-        let finish = |task: &Task, sums: &Partial| {
+        let finish = |_: usize, task: &Task, sums: &Partial| {
             for i in 0..task.tokens * group {
                 let (token, head) = (task.token + i / group, task.kv_head * group + i % group);
                 let at = ((task.row * tokens + token) * heads + head) * dim;
                 // SAFETY: as above.
-                let line = unsafe { std::slice::from_raw_parts_mut(o.get().add(at), dim) };
-                for (o, value) in line.iter_mut().zip(&sums.values[i * width..]) {
-                    *o = value / sums.sum[i];
-                }
+                sums.write(i, width, unsafe { std::slice::from_raw_parts_mut(o.get().add(at), dim) });
                 if want_lse {
                     // SAFETY: as above.
                     unsafe {
@@ -441,73 +463,89 @@ fn forward(q: T, keys: Vec<T>, values: Vec<T>, past: usize, want_lse: bool) -> (
                 }
             }
         };
-        let spans = |task: &Task| call.most(task).div_ceil(SPAN);
-        let deepest = (past + tokens).div_ceil(SPAN);
-        if deepest > 1 && tasks < 4 * pool::threads() && tasks * deepest * words <= PARTIALS {
-            let mut partials = arbitrary(tasks * deepest * words);
-            let all = SendPtr(partials.as_mut_ptr());
-            let together = (tasks * deepest / (TURNS * pool::threads())).clamp(1, TOGETHER);
-            let runs = deepest.div_ceil(together);
-            pool::run(tasks * runs, |i| {
-                let (number, task) = (i / runs, task(i / runs));
-                let count = task.tokens * group;
-                let first = i % runs * together;
-                let list = first..(first + together).min(spans(&task));
-                let own = list.start * SPAN..(list.end * SPAN).min(call.most(&task));
-                if list.is_empty() {
-                    return;
-                }
-                scratch(count * width + call.span_words(), |memory| {
-                    let (queries, memory) = memory.split_at_mut(count * width);
-                    call.queries(&task, queries);
-                    for span in list {
-                        let start = (number * deepest + span) * words;
-                        // SAFETY: each (task, span) has `words` floats of its own.
-                        let sums = unsafe { std::slice::from_raw_parts_mut(all.get().add(start), words) };
-                        call.span(&task, span, &own, queries, memory, &mut Partial::over(sums, count, width));
-                    }
-                });
-            });
-            let all = partials.as_mut_ptr();
-            let all = SendPtr(all);
-            let last = |i: usize| {
-                let task = task(i);
-                let count = task.tokens * group;
-                // SAFETY: the task's partial sums, which nobody else touches now.
-                let own =
-                    unsafe { std::slice::from_raw_parts_mut(all.get().add(i * deepest * words), deepest * words) };
-                let (first, rest) = own.split_at_mut(words);
-                let sums = Partial::over(first, count, width);
-                for more in rest.chunks_exact_mut(words).take(spans(&task) - 1) {
-                    let more = Partial::over(more, count, width);
-                    let more = (&*more.max, &*more.sum, &*more.values);
-                    join(call.level, sums.max, sums.sum, sums.values, more, width);
-                }
-                finish(&task, &sums);
-            };
-            if tasks * deepest * words < 1 << 16 { (0..tasks).for_each(last) } else { pool::run(tasks, last) }
-        } else {
-            pool::run(tasks, |i| {
-                let task = task(i);
-                let count = task.tokens * group;
-                let words = Partial::words(count, width);
-                scratch(count * width + call.span_words() + 2 * words, |memory| {
-                    let [queries, sums, more, memory] = parts(memory, [count * width, words, words, call.span_words()]);
-                    call.queries(&task, queries);
-                    let mut sums = Partial::over(sums, count, width);
-                    let own = 0..call.most(&task);
-                    call.span(&task, 0, &own, queries, memory, &mut sums);
-                    for span in 1..spans(&task) {
-                        let mut more = Partial::over(more, count, width);
-                        call.span(&task, span, &own, queries, memory, &mut more);
-                        let more = (&*more.max, &*more.sum, &*more.values);
-                        join(call.level, sums.max, sums.sum, sums.values, more, width);
-                    }
-                    finish(&task, &sums);
-                });
-            });
-        }
+        attend(rows * kv_heads * tiles, task, finish);
     }
     let lse_shape = if want_lse { [rows, heads, tokens] } else { [0; 3] };
     (swapped(tensor(o, [rows, tokens, heads, dim])), tensor(lse, lse_shape))
+}
+
+/// Does `tasks` tasks on the pool: `task(i)` says which, for the i-th, and `finish(i, …)` takes its sums over all keys.
+/// All calls are of one `dim` and `group`.
+pub(super) fn attend<'a, 'c: 'a>(
+    tasks: usize,
+    task: impl Fn(usize) -> (&'a Call<'c>, Task) + Sync,
+    finish: impl Fn(usize, &Task, &Partial) + Sync,
+) {
+    if tasks == 0 {
+        return;
+    }
+    let (mut deepest, mut tallest) = (0, 0);
+    for (call, task) in (0..tasks).map(&task) {
+        deepest = deepest.max(call.most(&task).div_ceil(SPAN));
+        tallest = tallest.max(task.tokens);
+    }
+    let &Call { group, width, level, .. } = task(0).0;
+    let words = Partial::words(tallest * group, width);
+    if deepest > 1 && tasks < 4 * pool::threads() && tasks * deepest * words <= PARTIALS {
+        let mut partials = arbitrary(tasks * deepest * words);
+        let all = SendPtr(partials.as_mut_ptr());
+        let together = (tasks * deepest / (TURNS * pool::threads())).clamp(1, TOGETHER);
+        let runs = deepest.div_ceil(together);
+        pool::run(tasks * runs, |i| {
+            let (number, (call, task)) = (i / runs, task(i / runs));
+            let count = task.tokens * group;
+            let first = i % runs * together;
+            let list = first..(first + together).min(call.spans(&task));
+            let own = list.start * SPAN..(list.end * SPAN).min(call.most(&task));
+            if list.is_empty() {
+                return;
+            }
+            scratch(count * width + call.span_words(), |memory| {
+                let (queries, memory) = memory.split_at_mut(count * width);
+                call.queries(&task, queries);
+                for span in list {
+                    let start = (number * deepest + span) * words;
+                    // SAFETY: each (task, span) has `words` floats of its own.
+                    let sums = unsafe { std::slice::from_raw_parts_mut(all.get().add(start), words) };
+                    call.span(&task, span, &own, queries, memory, &mut Partial::over(sums, count, width));
+                }
+            });
+        });
+        let all = SendPtr(partials.as_mut_ptr());
+        let last = |i: usize| {
+            let (call, task) = task(i);
+            let count = task.tokens * group;
+            // SAFETY: the task's partial sums, which nobody else touches now.
+            let own = unsafe { std::slice::from_raw_parts_mut(all.get().add(i * deepest * words), deepest * words) };
+            let (first, rest) = own.split_at_mut(words);
+            let sums = Partial::over(first, count, width);
+            for more in rest.chunks_exact_mut(words).take(call.spans(&task) - 1) {
+                let more = Partial::over(more, count, width);
+                let more = (&*more.max, &*more.sum, &*more.values);
+                join(level, sums.max, sums.sum, sums.values, more, width);
+            }
+            finish(i, &task, &sums);
+        };
+        if tasks * deepest * words < 1 << 16 { (0..tasks).for_each(last) } else { pool::run(tasks, last) }
+    } else {
+        pool::run(tasks, |i| {
+            let (call, task) = task(i);
+            let count = task.tokens * group;
+            let words = Partial::words(count, width);
+            scratch(count * width + call.span_words() + 2 * words, |memory| {
+                let [queries, sums, more, memory] = parts(memory, [count * width, words, words, call.span_words()]);
+                call.queries(&task, queries);
+                let mut sums = Partial::over(sums, count, width);
+                let own = 0..call.most(&task);
+                call.span(&task, 0, &own, queries, memory, &mut sums);
+                for span in 1..call.spans(&task) {
+                    let mut more = Partial::over(more, count, width);
+                    call.span(&task, span, &own, queries, memory, &mut more);
+                    let more = (&*more.max, &*more.sum, &*more.values);
+                    join(level, sums.max, sums.sum, sums.values, more, width);
+                }
+                finish(i, &task, &sums);
+            });
+        });
+    }
 }

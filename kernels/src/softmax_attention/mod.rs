@@ -7,13 +7,17 @@
 mod backward;
 mod cpu;
 mod cpu_backward;
+mod cpu_decode;
 mod cpu_few;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
 pub mod cube;
+mod decode;
 pub mod reference;
 #[cfg(test)]
 mod tests;
+
+pub use decode::{Past, decode};
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
@@ -35,6 +39,15 @@ pub struct KeyValues {
     pub keys: Tensor<4>,
     /// Values.
     pub values: Tensor<4>,
+}
+
+/// A row's share of the blocks of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Blocks of keys, and as many of values.
+    pub blocks: usize,
+    /// Tokens in them.
+    pub tokens: usize,
 }
 
 /// [`KeyValues`] as a backend sees them: keys and values from position 0 on, in order, as many of one as of the other.
@@ -97,6 +110,22 @@ pub trait SoftmaxAttentionBackend: Backend {
         #[extension_type] blocks: KeyValueBlocks<Self>,
         past: usize,
     ) -> FloatTensor<Self>;
+
+    /// See [`decode`], on the CPU alone: `q [rows, heads, 1, head_dim]`, `k` and `v` `[rows, kv_heads · head_dim]`, all in f32,
+    /// and the blocks of all rows, `[kv_heads, room, head_dim]` in f32, those of a row (at least one) behind each other. The last
+    /// block of each row is written in place when nobody else holds it. Not differentiable.
+    ///
+    /// Returns `o [rows, heads · head_dim]`, and the last block of keys and of values of each row.
+    fn softmax_decode(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] blocks: KeyValueBlocks<Self>,
+        shares: Vec<Share>,
+    ) -> (FloatTensor<Self>, Vec<FloatTensor<Self>>, Vec<FloatTensor<Self>>) {
+        let _ = (q, k, v, blocks, shares);
+        unreachable!("the public function sends nothing here but what is the CPU's")
+    }
 
     /// Self-attention of whole texts: `q [rows, heads, tokens, head_dim]`, `k` and `v` `[rows, kv_heads, tokens,
     /// head_dim]`, all f32.

@@ -2,7 +2,8 @@
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 
-use super::{KeyValues, reference, softmax_attention};
+use super::decode::decode_apart;
+use super::{KeyValues, Past, decode, reference, softmax_attention};
 use crate::base::pool::with_threads;
 use crate::base::simd::{levels, with_level};
 
@@ -258,4 +259,105 @@ fn gradients_have_the_same_bits_on_any_number_of_threads() {
         })
     };
     assert_eq!(run(1), run(3));
+}
+
+/// Rows of these many tokens, in blocks of `rooms` tokens (the last as long as needed), with what lies behind a row's end wild.
+fn pasts(tokens: &[usize], [kv_heads, dim]: [usize; 2], rooms: &[usize]) -> Vec<Past> {
+    let device = Device::flex();
+    let past = |&tokens: &usize| {
+        let (mut blocks, mut room) = (Vec::new(), 0);
+        while room <= tokens {
+            let size = rooms.get(blocks.len()).copied().unwrap_or(tokens + 1 - room);
+            blocks.push(size);
+            room += size;
+        }
+        let draw = || {
+            let block = |&size: &usize| normal([1, kv_heads, size, dim], &device).squeeze_dim(0);
+            let mut blocks: Vec<Tensor<3>> = blocks.iter().map(block).collect();
+            let (used, last) = (tokens - (room - blocks.last().map_or(0, |b| b.dims()[1])), blocks.pop().unwrap());
+            let size = last.dims()[1];
+            let wild = Tensor::full([kv_heads, size - used, dim], f32::NAN, &device);
+            blocks.push(last.slice_assign([0..kv_heads, used..size, 0..dim], wild));
+            blocks
+        };
+        Past { keys: draw(), values: draw(), tokens }
+    };
+    tokens.iter().map(past).collect()
+}
+
+fn flat(x: &Tensor<3>) -> Vec<u32> {
+    x.clone().try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// A batch's step has the bits of each row alone, for every number of rows, depth, thread and level; what it adds to is its own.
+#[test]
+fn a_step_of_many_rows_is_that_of_each_alone() {
+    let cases = [
+        (vec![0], [2, 2], 32, vec![4]),
+        (vec![5, 0, 64, 63, 255, 1, 31, 17], [4, 2], 64, vec![5, 256]),
+        (vec![0, 1100, 2, 2047, 63], [6, 2], 96, vec![256, 256, 512]),
+        (vec![300, 299, 1023, 1024, 1025], [3, 1], 23, vec![256]),
+        (vec![3000], [8, 2], 128, vec![256, 256, 512, 1024]),
+    ];
+    for (tokens, [heads, kv_heads], dim, rooms) in cases {
+        let device = Device::flex();
+        let row = |n: usize| normal([1, 1, tokens.len(), n * dim], &device).squeeze_dims::<2>(&[0, 1]);
+        let (q, k, v) = (row(heads), row(kv_heads), row(kv_heads));
+        let pasts = pasts(&tokens, [kv_heads, dim], &rooms);
+        let kept: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
+        for level in levels() {
+            for threads in [1, 2, 5] {
+                let pasts = || pasts.clone();
+                let on = |f: &dyn Fn() -> _| with_level(level, || with_threads(threads, f));
+                let (o, last) = on(&|| decode(q.clone(), k.clone(), v.clone(), pasts()));
+                let (wanted_o, wanted) = on(&|| decode_apart(q.clone(), k.clone(), v.clone(), pasts()));
+                let what = format!("{level:?} {threads} {tokens:?}");
+                let bits = |x: Tensor<2>| x.try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits);
+                assert!(bits(o).eq(bits(wanted_o)), "{what}");
+                for (got, wanted) in last.iter().zip(&wanted) {
+                    assert!(flat(&got[0]) == flat(&wanted[0]) && flat(&got[1]) == flat(&wanted[1]), "{what}");
+                }
+                assert_eq!(last.len(), tokens.len());
+            }
+        }
+        // Others hold these blocks: they were copied, not written to.
+        let now: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
+        assert!(kept == now);
+    }
+}
+
+/// No rows, what lies behind a row's end, and blocks of another dtype.
+#[test]
+fn a_step_of_what_is_not_the_rule() {
+    let device = Device::flex();
+    let row = |n: usize, rows: usize| normal([1, 1, rows, n], &device).squeeze_dims::<2>(&[0, 1]);
+    let (o, _) = decode(row(128, 2), row(64, 2), row(64, 2), pasts(&[7, 300], [2, 32], &[256, 256]));
+    assert!(o.into_data().iter::<f32>().all(|x| x.is_finite()), "what lies behind a row's end is not read");
+
+    let (o, last) = decode(row(128, 0), row(64, 0), row(64, 0), Vec::new());
+    assert_eq!((o.dims(), last.len()), ([0, 128], 0));
+
+    let (q, k, v) = (row(128, 2), row(64, 2), row(64, 2));
+    let halves = |x: Vec<Tensor<3>>| x.into_iter().map(|x| x.cast(DType::BF16)).collect::<Vec<_>>();
+    let exact = pasts(&[7, 300], [2, 32], &[256, 256]);
+    let half = |past: &Past| Past {
+        keys: halves(past.keys.clone()),
+        values: halves(past.values.clone()),
+        tokens: past.tokens,
+    };
+    let (rounded, last) = decode(q.clone(), k.clone(), v.clone(), exact.iter().map(half).collect());
+    assert!(last.iter().flatten().all(|x| x.dtype() == DType::BF16));
+    let (exact, _) = decode(q, k, v, exact);
+    let off = (rounded - exact).abs().max().into_scalar::<f32>();
+    assert!(off > 0.0 && off < 0.05, "{off}");
+}
+
+#[test]
+#[should_panic(expected = "row 1 has no room for token 4")]
+fn a_step_needs_room() {
+    let device = Device::flex();
+    let zeros = |n: usize| Tensor::<2>::zeros([2, n], &device);
+    let block = || vec![Tensor::<3>::zeros([1, 4, 8], &device)];
+    let past = |tokens| Past { keys: block(), values: block(), tokens };
+    decode(zeros(8), zeros(8), zeros(8), vec![past(3), past(4)]);
 }
