@@ -3,6 +3,8 @@
 //! mask: ids that the tokenizer does not know (M1's embedding has such rows) are out before anything else is looked at.
 
 use crate::guide::Next;
+use m1_kernels::base::math::exps;
+use m1_kernels::base::simd::level;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashMap;
@@ -117,6 +119,8 @@ pub struct Sampler {
     candidates: Vec<(u32, f32)>,
     /// `e^(logit - largest)` of every id: the log-probability needs them, and most draws too.
     exps: Vec<f32>,
+    /// The candidates' logits as the temperature has them.
+    scaled: Vec<f32>,
     /// How often each id was drawn; kept where presence or frequency is penalised.
     drawn: HashMap<u32, u32>,
 }
@@ -134,6 +138,7 @@ impl Sampler {
             seed,
             candidates: Vec::new(),
             exps: Vec::new(),
+            scaled: Vec::new(),
             drawn: HashMap::new(),
         })
     }
@@ -173,7 +178,9 @@ impl Sampler {
 
     /// As [`Sampler::sample`], among the ids that `next` allows.
     pub fn sample_next(&mut self, logits: &[f32], text: &[u32], next: Next<'_>) -> Result<Sampled, SamplerError> {
-        if let Some(id) = logits.iter().position(|l| !l.is_finite()) {
+        // Without an early end, so that it goes a register at a time.
+        if !logits.iter().fold(true, |finite, l| finite & l.is_finite()) {
+            let id = logits.iter().position(|l| !l.is_finite()).unwrap_or(0);
             return Err(SamplerError::NotFinite { id });
         }
         let known = self.allowed.as_deref();
@@ -189,9 +196,8 @@ impl Sampler {
             return Err(SamplerError::NothingAllowed { vocab: logits.len() });
         }
         let max = largest(logits);
-        self.exps.clear();
-        self.exps.extend(logits.iter().map(|&l| (l - max).exp()));
-        let norm = f64::from(max) + self.exps.iter().map(|&e| f64::from(e)).sum::<f64>().ln();
+        self.exps.resize(logits.len(), 0.0);
+        let norm = f64::from(max) + exps(level(), logits, max, &mut self.exps).ln();
         self.penalise(logits.len(), text);
         self.shift();
         let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw(max) };
@@ -262,10 +268,13 @@ impl Sampler {
         if temperature == 1.0 && plain && max == all_max {
             c.iter_mut().for_each(|x| x.1 = self.exps[x.0 as usize]);
         } else {
-            c.iter_mut().for_each(|x| x.1 = ((x.1 - max) / temperature).exp());
+            self.scaled.clear();
+            self.scaled.extend(c.iter().map(|x| (x.1 - max) / temperature));
+            exps(level(), &self.scaled, 0.0, &mut self.exps);
+            c.iter_mut().zip(&self.exps).for_each(|(x, &weight)| x.1 = weight);
         }
         if top_p < 1.0 {
-            let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
+            let total = total(c);
             // All ids lighter than this together weigh less than 1 - top_p: none of them is in the nucleus, and
             // 200 K of them need no sorting.
             let floor = ((1.0 - f64::from(top_p)) * total / c.len() as f64) as f32;
@@ -282,7 +291,7 @@ impl Sampler {
         if min_p > 0.0 {
             c.retain(|x| x.1 >= min_p);
         }
-        let total: f64 = c.iter().map(|x| f64::from(x.1)).sum();
+        let total = total(c);
         let mut left = self.rng.random::<f64>() * total;
         // Rounding may leave a hair of `left` after the last weight that is not zero: it takes the draw then.
         let mut drawn = c[0];
@@ -330,14 +339,28 @@ pub fn log_probs(logits: &[f32]) -> Vec<f32> {
     logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
 }
 
+/// The weights' sum, in eight parts that are added up side by side.
+fn total(candidates: &[(u32, f32)]) -> f64 {
+    let (chunks, rest) = candidates.as_chunks::<8>();
+    let mut sums = [0.0_f64; 8];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f64::from(x.1));
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|x| f64::from(x.1)).sum::<f64>()
+}
+
 fn largest(logits: &[f32]) -> f32 {
-    logits.iter().fold(f32::NEG_INFINITY, |m, &l| m.max(l))
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut most = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        most.iter_mut().zip(chunk).for_each(|(m, &l)| *m = m.max(l));
+    }
+    most.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &l| m.max(l))
 }
 
 fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = largest(logits);
-    let sum: f64 = logits.iter().map(|&l| f64::from((l - max).exp())).sum();
-    f64::from(max) + sum.ln()
+    f64::from(max) + exps(level(), logits, max, &mut vec![0.0; logits.len()]).ln()
 }
 
 #[cfg(test)]

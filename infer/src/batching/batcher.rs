@@ -11,8 +11,8 @@ use m1_model::{Batch, Cache, M1, Snapshot, Trace};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Logits from which drawing is worth spreading over the threads: some hundred microseconds of work.
-const SPREAD: usize = 1 << 15;
+/// Logits from which drawing is worth spreading over the threads: some twenty microseconds of work.
+const SPREAD: usize = 1 << 13;
 
 /// Logits of a prompt's tokens that are held at once.
 const SCORED: usize = 4 << 20;

@@ -4,6 +4,8 @@
 //! instructions at whatever level of SIMD the caller is compiled for. `FMA` says whether that level has fused
 //! multiply-add: without it `f32::mul_add` would be a library call. A lane's result depends on that lane alone.
 
+use crate::simd;
+
 /// The lanes that elementwise code works on: one AVX-512 register, two of AVX2, four of SSE2.
 pub type Lanes = [f32; LANES];
 
@@ -91,11 +93,35 @@ pub fn silu_derivative<const FMA: bool>(x: Lanes) -> Lanes {
     })
 }
 
+simd! {
+    /// `y[i] = e^(x[i] - shift)`, and their sum in f64. The bits of a value depend on nothing beside it; those of the sum
+    /// on all values and their places.
+    ///
+    /// # Panics
+    /// If `y` is shorter than `x`.
+    pub fn exps(x: &[f32], shift: f32, y: &mut [f32]) -> f64 = exps_body;
+}
+
+#[inline(always)]
+fn exps_body<const FMA: bool>(x: &[f32], shift: f32, y: &mut [f32]) -> f64 {
+    let (x, x_rest) = x.as_chunks();
+    let (y, y_rest) = y[..x.len() * LANES + x_rest.len()].as_chunks_mut();
+    let mut sums = [0.0_f64; LANES];
+    for (x, y) in x.iter().zip(y) {
+        *y = map(*x, |x| exp1::<FMA>(x - shift));
+        sums.iter_mut().zip(y).for_each(|(sum, y)| *sum += f64::from(*y));
+    }
+    for ((x, y), sum) in x_rest.iter().zip(y_rest).zip(&mut sums) {
+        *y = exp1::<FMA>(x - shift);
+        *sum += f64::from(*y);
+    }
+    sums.iter().sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::base::simd::levels;
-    use crate::simd;
 
     simd! {
         fn exp_of(x: &[f32], y: &mut [f32]) = exp_body;
@@ -133,6 +159,25 @@ mod tests {
                 }
                 let ulp = f64::from(f32::from_bits(rounded.to_bits() + 1)) - f64::from(rounded);
                 assert!((f64::from(y) - exact).abs() <= 1.1 * ulp, "{level:?} {x}: {y}, not {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn exps_are_those_of_each_value_alone_at_any_length() {
+        for level in levels() {
+            for n in [0, 1, 15, 16, 17, 1009] {
+                let x: Vec<f32> = (0..n).map(|i| (i * 37 % 101) as f32 / 3.0 - 30.0).collect();
+                let mut y = vec![f32::NAN; n];
+                let sum = exps(level, &x, 1.5, &mut y);
+                let mut alone = [0.0];
+                let same = x.iter().zip(&y).all(|(x, y)| {
+                    exps(level, &[*x], 1.5, &mut alone);
+                    alone[0].to_bits() == y.to_bits()
+                });
+                assert!(same, "{level:?} {n}");
+                let exact: f64 = x.iter().map(|x| (f64::from(*x) - 1.5).exp()).sum();
+                assert!((sum - exact).abs() <= 2e-7 * exact, "{level:?} {n}: {sum}, not {exact}");
             }
         }
     }
