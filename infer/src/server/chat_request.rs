@@ -133,7 +133,7 @@ impl ChatRequest {
             top_log_probs: self.top_logprobs.unwrap_or(0),
             score_prompt: false,
         };
-        Ok(Order { job, voices, stops: !self.params.stops.is_empty(), param: "messages" })
+        Ok(Order { job, voices, stops: !self.params.stops.is_empty(), pace: self.params.pace(), param: "messages" })
     }
 
     /// The ids of the conversation. A model that may not call tools is not told of them.

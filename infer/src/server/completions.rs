@@ -135,7 +135,7 @@ impl CompletionRequest {
             };
             let stops = &self.params.stops;
             let voices = (0..self.params.n).map(|_| Voice::plain(tokenizer.clone(), stops)).collect();
-            let order = Order { job, voices, stops: !stops.is_empty(), param: "prompt" };
+            let order = Order { job, voices, stops: !stops.is_empty(), pace: self.params.pace(), param: "prompt" };
             Ok((echo, order))
         };
         self.prompts.iter().map(order).collect()

@@ -4,7 +4,7 @@
 use super::error::ApiError;
 use super::record::Record;
 use super::state::{App, Phase, Service};
-use super::worker::{Job, SubmitError, Update};
+use super::worker::{Job, Pace, SubmitError, Told, Update};
 use crate::batching::Scored;
 use crate::engine::{EngineError, Finish};
 use crate::guide::{Guide, GuideError, Next};
@@ -12,6 +12,7 @@ use crate::reply::{Delta, Reply};
 use crate::stop::StopStrings;
 use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -149,6 +150,8 @@ pub struct Order {
     pub voices: Vec<Voice>,
     /// Whether stop strings may end a choice before the others.
     pub stops: bool,
+    /// How soon its client sees what is new.
+    pub pace: Pace,
     /// The field that the prompt came from.
     pub param: &'static str,
 }
@@ -164,9 +167,9 @@ struct Answer {
 /// A job under way.
 #[derive(Debug)]
 pub struct Generation {
-    updates: UnboundedReceiver<Update>,
-    /// One that came while it was not asked for.
-    first: Option<Update>,
+    updates: UnboundedReceiver<Vec<Told>>,
+    /// Those that have come and were not asked for yet.
+    here: VecDeque<Told>,
     answers: Vec<Answer>,
     end_ids: Arc<[u32]>,
     prompt_scores: Vec<Scored>,
@@ -201,17 +204,17 @@ impl Generation {
             param: order.param,
             limit: Limit::new(app, record),
             record: record.clone(),
-            first: None,
-            updates: service.engine.submit(order.job).map_err(|error| refused(&error))?,
+            here: VecDeque::new(),
+            updates: service.engine.submit(order.job, order.pace).map_err(|error| refused(&error))?,
         })
     }
 
     /// Waits at most until `then` for a first word of the engine: what it refuses at once can be told by the status.
     pub async fn begun(mut self, then: tokio::time::Instant) -> Result<Self, ApiError> {
-        if let Ok(update) = timeout_at(then, self.updates.recv()).await {
-            match update.ok_or_else(stopped)? {
-                Update::Failed(error) => return Err(ApiError::engine(&error, self.param)),
-                update => self.first = Some(update),
+        if let Ok(come) = timeout_at(then, self.updates.recv()).await {
+            self.here.extend(come.ok_or_else(stopped)?);
+            if let Some(Told { update: Update::Failed(error), .. }) = self.here.front() {
+                return Err(ApiError::engine(error, self.param));
             }
         }
         Ok(self)
@@ -220,15 +223,16 @@ impl Generation {
     /// What happens next; `None` when all choices have ended. May be dropped while it waits and called again.
     pub async fn next(&mut self) -> Result<Option<Event>, ApiError> {
         while self.answers.iter().any(|answer| !answer.ended) {
-            let update = match self.first.take() {
-                Some(update) => update,
-                None => tokio::select! {
+            let Some(told) = self.here.pop_front() else {
+                let come = tokio::select! {
                     biased;
                     error = self.limit.reached() => return Err(error),
-                    update = self.updates.recv() => update.ok_or_else(stopped)?,
-                },
+                    come = self.updates.recv() => come.ok_or_else(stopped)?,
+                };
+                self.here.extend(come);
+                continue;
             };
-            if let Some(event) = self.take(update)? {
+            if let Some(event) = self.take(told)? {
                 return Ok(Some(event));
             }
         }
@@ -251,8 +255,8 @@ impl Generation {
         Usage { reasoning, ..self.usage }
     }
 
-    fn take(&mut self, update: Update) -> Result<Option<Event>, ApiError> {
-        match update {
+    fn take(&mut self, told: Told) -> Result<Option<Event>, ApiError> {
+        match told.update {
             Update::Read { cached } => {
                 self.usage.cached = cached;
                 self.record.read(self.usage.prompt, cached);
@@ -264,9 +268,8 @@ impl Generation {
             }
             Update::Drawn { choice, token, top } => {
                 let Some(answer) = self.answers.get_mut(choice).filter(|answer| !answer.ended) else { return Ok(None) };
-                let now = Instant::now();
-                self.record.drawn(answer.last, now);
-                answer.last = Some(now);
+                self.record.drawn(answer.last, told.at);
+                answer.last = Some(told.at);
                 self.usage.completion += 1;
                 if self.end_ids.contains(&token.id) {
                     return Ok(None); // that it has finished comes next
@@ -402,12 +405,16 @@ mod tests {
     use std::time::Duration;
     use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-    fn drawn(choice: usize, id: u32) -> Update {
-        Update::Drawn { choice, token: Sampled { id, log_prob: -1.0, draw_log_prob: -1.0 }, top: Vec::new() }
+    fn told(update: Update) -> Told {
+        Told { at: Instant::now(), update }
+    }
+
+    fn drawn(choice: usize, id: u32) -> Told {
+        told(Update::Drawn { choice, token: Sampled { id, log_prob: -1.0, draw_log_prob: -1.0 }, top: Vec::new() })
     }
 
     /// Two choices that `ab` stops, under way.
-    fn generation(app: &App) -> (Generation, UnboundedSender<Update>, Vec<Arc<AtomicBool>>) {
+    fn generation(app: &App) -> (Generation, UnboundedSender<Vec<Told>>, Vec<Arc<AtomicBool>>) {
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = Arc::new(byte_level(dir.path(), &["<end_of_sentence>", "x"]));
         let (sender, updates) = unbounded_channel();
@@ -419,7 +426,7 @@ mod tests {
         let record = Record::new(app.metrics.clone(), Method::POST, "/v1/completions");
         let generation = Generation {
             updates,
-            first: None,
+            here: VecDeque::new(),
             answers: flags.iter().map(answer).collect(),
             end_ids: vec![256].into(),
             prompt_scores: Vec::new(),
@@ -441,12 +448,14 @@ mod tests {
         run(async {
             let (mut generation, sender, flags) = generation(&app);
             let ids = [(0, 99), (0, 97), (1, 97), (0, 98), (0, 120), (1, 99)];
-            sender.send(Update::Read { cached: 2 }).unwrap();
-            ids.iter().for_each(|&(choice, id)| sender.send(drawn(choice, id)).unwrap());
-            sender.send(drawn(0, 256)).unwrap();
-            sender.send(Update::Finished { choice: 0, finish: Finish::End(256) }).unwrap();
-            sender.send(drawn(1, 256)).unwrap();
-            sender.send(Update::Finished { choice: 1, finish: Finish::End(256) }).unwrap();
+            let mut all = vec![told(Update::Read { cached: 2 })];
+            all.extend(ids.iter().map(|&(choice, id)| drawn(choice, id)));
+            for choice in 0..2 {
+                all.push(drawn(choice, 256));
+                all.push(told(Update::Finished { choice, finish: Finish::End(256) }));
+            }
+            // However many come at once.
+            all.chunks(3).for_each(|some| sender.send(some.to_vec()).unwrap());
             let (mut texts, mut reasons) = ([String::new(), String::new()], [None; 2]);
             while let Some(event) = generation.next().await.unwrap() {
                 assert_eq!(reasons[event.choice], None, "nothing comes after the end");
@@ -475,13 +484,13 @@ mod tests {
             drop(sender);
             let app = App::new(settings());
             let (mut failed, sender, _) = generation(&app);
-            sender.send(Update::Failed(EngineError::Context { tokens: 9, context: 8 })).unwrap();
+            sender.send(vec![told(Update::Failed(EngineError::Context { tokens: 9, context: 8 }))]).unwrap();
             assert_eq!(failed.next().await.unwrap_err().code, Some("context_length_exceeded"));
             let (mut left, sender, _) = generation(&app);
             drop(sender);
             assert_eq!(left.next().await.unwrap_err().status, 500);
             let (full, sender, _) = generation(&app);
-            sender.send(Update::Finished { choice: 1, finish: Finish::Context }).unwrap();
+            sender.send(vec![told(Update::Finished { choice: 1, finish: Finish::Context })]).unwrap();
             let then = tokio::time::Instant::now() + Duration::from_secs(9);
             let mut full = full.begun(then).await.unwrap();
             let event = full.next().await.unwrap().unwrap();

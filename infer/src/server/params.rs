@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
+use super::worker::Pace;
 use crate::sampler::{Sampler, SamplingOptions, random_seed};
 use serde_json::Value;
 
@@ -30,6 +31,11 @@ pub struct Params {
 }
 
 impl Params {
+    /// How soon the client is to see what is new.
+    pub fn pace(&self) -> Pace {
+        if self.stream { Pace::Steps } else { Pace::Gathered }
+    }
+
     /// Takes the shared fields; what is absent is as in `defaults`. `vocab`: ids of the model.
     pub fn take(fields: &mut Fields, defaults: SamplingOptions, vocab: usize) -> Result<Self, ApiError> {
         let options = SamplingOptions {

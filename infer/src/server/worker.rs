@@ -1,6 +1,6 @@
 //! The engine's thread: it alone touches the model. Jobs come in over a channel, what happens to them goes out over one
-//! channel each; a job whose receiver is gone is cancelled before the next step. A panic of the engine fails the jobs
-//! under way, not the server.
+//! channel each, as soon as its [`Pace`] says; a job whose receiver is gone is cancelled before the next step. A panic of
+//! the engine fails the jobs under way, not the server.
 
 pub use crate::batching::scheduler::{Choice, Job, SchedulerSettings, Update};
 
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// The limits of a worker.
@@ -23,6 +24,28 @@ pub struct WorkerSettings {
     pub scheduler: SchedulerSettings,
     /// Jobs that may wait; more are refused.
     pub queue: usize,
+}
+
+/// The longest that updates are gathered, but for the step under way.
+const GATHERED: Duration = Duration::from_millis(20);
+
+/// How soon a job's listener is told what happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// After every step: a stream shows a token as soon as it is drawn.
+    Steps,
+    /// Some steps at once, at most [`GATHERED`] apart, for an answer that is sent whole. To wake 16 tasks takes the cores
+    /// away from the next step, and with a small model that is as long as the step itself.
+    Gathered,
+}
+
+/// An update, and when the engine made it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Told {
+    /// When.
+    pub at: Instant,
+    /// What.
+    pub update: Update,
 }
 
 /// Why a job was not taken in.
@@ -67,7 +90,7 @@ pub struct WorkerStats {
 }
 
 enum Command {
-    Run(Job, UnboundedSender<Update>),
+    Run(Job, Pace, UnboundedSender<Vec<Told>>),
     Stop,
 }
 
@@ -118,14 +141,14 @@ impl EngineHandle {
     ///
     /// # Errors
     /// When too many wait, or the engine has ended.
-    pub fn submit(&self, job: Job) -> Result<UnboundedReceiver<Update>, SubmitError> {
+    pub fn submit(&self, job: Job, pace: Pace) -> Result<UnboundedReceiver<Vec<Told>>, SubmitError> {
         let waiting = self.stats().waiting + self.coming.fetch_add(1, Ordering::SeqCst);
         if waiting >= self.limit {
             self.coming.fetch_sub(1, Ordering::SeqCst);
             return Err(SubmitError::Full { waiting, limit: self.limit });
         }
         let (updates, receiver) = unbounded_channel();
-        self.commands.send(Command::Run(job, updates)).map_err(|_| SubmitError::Stopped)?;
+        self.commands.send(Command::Run(job, pace, updates)).map_err(|_| SubmitError::Stopped)?;
         Ok(receiver)
     }
 
@@ -147,9 +170,23 @@ impl EngineHandle {
 
 /// A job's listener.
 struct Listener {
-    updates: UnboundedSender<Update>,
+    updates: UnboundedSender<Vec<Told>>,
+    pace: Pace,
+    /// What has happened since the listener was told something, oldest first.
+    gathered: Vec<Told>,
     prompt: usize,
     choices: usize,
+}
+
+impl Listener {
+    /// Tells what is due at `now`; `all`: or whatever there is.
+    fn tell(&mut self, now: Instant, all: bool) {
+        let due = |first: &Told| all || self.pace == Pace::Steps || now - first.at >= GATHERED;
+        if self.gathered.first().is_some_and(due) {
+            // Whoever went away is noticed before the next step.
+            let _ = self.updates.send(std::mem::take(&mut self.gathered));
+        }
+    }
 }
 
 struct Worker {
@@ -179,7 +216,9 @@ impl Worker {
             }
             let updates = scheduler.step()?;
             self.figures.steps += 1;
-            updates.into_iter().for_each(|(id, update)| self.tell(id, update));
+            let now = Instant::now();
+            updates.into_iter().for_each(|(id, update)| self.take(id, Told { at: now, update }));
+            self.running.values_mut().for_each(|listener| listener.tell(now, false));
         }
     }
 
@@ -190,15 +229,16 @@ impl Worker {
             let command =
                 if idle { self.jobs.recv().map_err(|_| TryRecvError::Disconnected) } else { self.jobs.try_recv() };
             match command {
-                Ok(Command::Run(job, updates)) => {
+                Ok(Command::Run(job, pace, updates)) => {
                     self.coming.fetch_sub(1, Ordering::SeqCst);
                     let (prompt, choices) = (job.prompt.len(), job.choices.len());
                     match scheduler.submit(job) {
                         Ok(id) => {
-                            self.running.insert(id, Listener { updates, prompt, choices });
+                            let gathered = Vec::new();
+                            self.running.insert(id, Listener { updates, pace, gathered, prompt, choices });
                         }
                         // Nobody to tell is fine.
-                        Err(error) => drop(updates.send(Update::Failed(error))),
+                        Err(error) => drop(updates.send(vec![failed(&error)])),
                     }
                     self.publish(scheduler);
                 }
@@ -208,9 +248,9 @@ impl Worker {
         }
     }
 
-    fn tell(&mut self, id: JobId, update: Update) {
+    fn take(&mut self, id: JobId, told: Told) {
         let Some(listener) = self.running.get_mut(&id) else { return };
-        match &update {
+        match &told.update {
             Update::Read { cached } => {
                 self.figures.prompt_tokens += listener.prompt as u64;
                 self.figures.cached_tokens += *cached as u64;
@@ -220,17 +260,18 @@ impl Worker {
             Update::Finished { .. } => listener.choices -= 1,
             Update::Failed(_) => listener.choices = 0,
         }
-        let last = listener.choices == 0;
-        // Whoever went away is noticed before the next step.
-        let _ = listener.updates.send(update);
-        if last {
+        let now = told.at;
+        listener.gathered.push(told);
+        if listener.choices == 0 {
+            listener.tell(now, true);
             self.running.remove(&id);
         }
     }
 
     fn fail_all(&mut self, error: &EngineError) {
-        for (_, listener) in self.running.drain() {
-            let _ = listener.updates.send(Update::Failed(error.clone()));
+        for (_, mut listener) in self.running.drain() {
+            listener.gathered.push(failed(error));
+            listener.tell(Instant::now(), true);
         }
     }
 
@@ -239,6 +280,10 @@ impl Worker {
         self.figures = WorkerStats { active, waiting, bytes, cache: scheduler.cache(), ..self.figures };
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = self.figures;
     }
+}
+
+fn failed(error: &EngineError) -> Told {
+    Told { at: Instant::now(), update: Update::Failed(error.clone()) }
 }
 
 #[cfg(test)]
@@ -250,7 +295,6 @@ mod tests {
     use crate::guide::{Guide, GuideError, Next};
     use crate::sampler::{Sampler, SamplingOptions};
     use crate::tokenizer::tests::byte_level;
-    use std::time::{Duration, Instant};
 
     fn worker(queue: usize) -> EngineHandle {
         let dir = tempfile::tempdir().unwrap();
@@ -274,8 +318,8 @@ mod tests {
         }
     }
 
-    fn all(mut updates: UnboundedReceiver<Update>) -> Vec<Update> {
-        std::iter::from_fn(|| updates.blocking_recv()).collect()
+    fn all(mut updates: UnboundedReceiver<Vec<Told>>) -> Vec<Update> {
+        std::iter::from_fn(|| updates.blocking_recv()).flatten().map(|told| told.update).collect()
     }
 
     fn wait(what: &str, mut done: impl FnMut() -> bool) {
@@ -289,31 +333,50 @@ mod tests {
     #[test]
     fn jobs_run_and_those_nobody_listens_to_end() {
         let engine = worker(8);
-        let updates = all(engine.submit(job(5, None)).unwrap());
+        let updates = all(engine.submit(job(5, None), Pace::Steps).unwrap());
         assert_eq!(updates.len(), 7, "{updates:?}");
         assert_eq!(updates[0], Update::Read { cached: 0 });
         assert_eq!(updates[6], Update::Finished { choice: 0, finish: Finish::Length });
-        let mut long = engine.submit(job(1900, None)).unwrap();
+        let mut long = engine.submit(job(1900, None), Pace::Steps).unwrap();
         assert!(long.blocking_recv().is_some());
         drop(long);
         wait("the job goes on without a listener", || engine.stats().cancelled == 1 && engine.stats().active == 0);
         assert!(engine.stats().drawn_tokens < 1900);
-        let refused = all(engine.submit(Job { prompt: Vec::new(), ..job(1, None) }).unwrap());
+        let refused = all(engine.submit(Job { prompt: Vec::new(), ..job(1, None) }, Pace::Steps).unwrap());
         assert_eq!(refused, [Update::Failed(EngineError::Empty)]);
         assert!(engine.is_running());
         engine.stop();
         wait("the thread goes on", || !engine.is_running());
-        assert_eq!(engine.submit(job(1, None)).unwrap_err(), SubmitError::Stopped);
+        assert_eq!(engine.submit(job(1, None), Pace::Steps).unwrap_err(), SubmitError::Stopped);
+    }
+
+    /// An answer that is sent whole is told the same, of the same moments, in few messages.
+    #[test]
+    fn what_is_gathered_is_told_all_the_same() {
+        let engine = worker(8);
+        let messages = |pace| {
+            let mut updates = engine.submit(job(1500, None), pace).unwrap();
+            std::iter::from_fn(|| updates.blocking_recv()).collect::<Vec<_>>()
+        };
+        let (steps, gathered) = (messages(Pace::Steps), messages(Pace::Gathered));
+        let text = |messages: &[Vec<Told>]| messages.concat().into_iter().map(|told| told.update).collect::<Vec<_>>();
+        assert_eq!(text(&gathered), text(&steps));
+        assert_eq!(steps.len(), 1500, "the first step reads and draws");
+        let took = gathered.concat().last().unwrap().at - gathered[0][0].at;
+        assert!(gathered.len() as u32 <= 2 + took.as_millis() as u32 / 20, "{} in {took:?}", gathered.len());
+        assert!(gathered.concat().is_sorted_by_key(|told| told.at));
+        let longest = gathered.iter().map(|some| some.last().unwrap().at - some[0].at).max().unwrap();
+        assert!(longest >= GATHERED || gathered.len() == 1, "{longest:?}");
     }
 
     #[test]
     fn no_more_wait_than_may() {
         let engine = worker(2);
-        let first = engine.submit(job(1900, None)).unwrap();
+        let first = engine.submit(job(1900, None), Pace::Steps).unwrap();
         wait("the first does not start", || engine.stats().active == 1);
-        let waiting: Vec<_> = (0..2).map(|_| engine.submit(job(1, None)).unwrap()).collect();
+        let waiting: Vec<_> = (0..2).map(|_| engine.submit(job(1, None), Pace::Steps).unwrap()).collect();
         wait("they do not wait", || engine.stats().waiting == 2);
-        let more = (0..4).map(|_| engine.submit(job(1, None)));
+        let more = (0..4).map(|_| engine.submit(job(1, None), Pace::Steps));
         assert!(more.filter(Result::is_err).count() >= 2);
         drop(first);
         assert!(waiting.into_iter().all(|updates| all(updates).len() == 3));
@@ -335,11 +398,11 @@ mod tests {
             }
         }
         let engine = worker(8);
-        let wanted = all(engine.submit(job(9, None)).unwrap());
-        let broken = all(engine.submit(job(9, Some(Box::new(Broken(0))))).unwrap());
+        let wanted = all(engine.submit(job(9, None), Pace::Steps).unwrap());
+        let broken = all(engine.submit(job(9, Some(Box::new(Broken(0)))), Pace::Steps).unwrap());
         let Some(Update::Failed(EngineError::Device(text))) = broken.last() else { panic!("{broken:?}") };
         assert_eq!((text.as_str(), broken.len()), ("the engine panicked: broken on purpose", 5));
-        assert_eq!(all(engine.submit(job(9, None)).unwrap()), wanted);
+        assert_eq!(all(engine.submit(job(9, None), Pace::Steps).unwrap()), wanted);
         wait("the panic is not counted", || engine.stats().panics == 1);
     }
 }
