@@ -30,14 +30,15 @@ const WARM_UP: usize = 8;
   m1 bench --model DIR
   m1 bench --model DIR -p 512,2048,8192 -n 128 -d 0,4096,16384
   m1 bench --model DIR --dtype bf16 -p 0 -n 64 -r 5        (decode only)
+  m1 bench --model DIR -p 0 --parallel 1,4,16              (what batching brings)
   m1 bench --model DIR --json | jq '.[] | [.test, .avg_ts]'
   m1 bench --random base --quantize int8                   (no checkpoint: random weights of these sizes)
   m1 bench --random M1 --layers lightning -p 0 -n 16       (M1: the directory of MiniMax-M1's config.json)
 
-pp512 reads a prompt of 512 tokens; tg128 feeds 128 tokens one at a time; @ d4096 does so behind 4096 others. Token ids
-are random. A depth is filled once and taken up again for every repetition. t/s is the mean over the repetitions ± their
-standard deviation; GB/s is that of the weights a token reads (embedding: one row; experts: those it visits) and
-GFLOP/s counts 2 a multiply-add, without embedding and head. Ctrl-C ends with what has been measured.
+pp512 reads a prompt of 512 tokens; tg128 feeds 128 tokens one at a time; @ d4096 does so behind 4096 others; x16 to 16
+texts at once. Token ids are random. A depth is filled once and taken up again for every repetition. t/s, of all texts
+together, is the mean over the repetitions ± their standard deviation; GB/s is that of the weights a token reads alone
+(embedding: one row; experts: those it visits) and GFLOP/s counts 2 a multiply-add, without embedding and head. Ctrl-C ends with what has been measured.
 
 --random holds bf16 unless --dtype or --quantize says otherwise. With --layers the vocabulary is cut to 1024 ids: what is
 left to time is layers, and layer-t/s is t/s times their number. One lightning layer of M1 takes 11.4 GB in bf16.")]
@@ -67,6 +68,9 @@ pub struct Args {
     #[arg(long = "n-depth", short = 'd', value_name = "N,…", default_value = "0", value_delimiter = ',',
         allow_negative_numbers = true, value_parser = whole::<usize>)]
     depths: Vec<usize>,
+    /// Texts that are decoded together
+    #[arg(long, value_name = "N,…", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    parallel: Vec<u16>,
     /// Repetitions of each test
     #[arg(long, short, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
@@ -97,7 +101,7 @@ enum Output {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let tests = tests(&args.prompts, &args.decodes, &args.depths);
+    let tests = tests(&args.prompts, &args.decodes, &args.depths, &args.parallel);
     ensure!(!tests.is_empty(), "nothing to measure: give -p or -n a number above 0");
     let (model, random) = (args.model.as_deref(), args.random.as_deref());
     let subject = Subject::new(model, &args.hub, random, args.layers.as_ref(), &args.weights)?;
@@ -180,29 +184,39 @@ fn measure(
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Test {
-    /// Tokens that are timed.
+    /// Tokens of each text that are timed.
     tokens: usize,
     /// Whether they come one at a time.
     decode: bool,
+    /// Texts.
+    rows: usize,
     /// Tokens before them.
     depth: usize,
 }
 
 impl Test {
-    /// As llama-bench calls it.
+    /// As llama-bench calls it, and how many texts there are where it is not one.
     fn name(self) -> String {
         let kind = if self.decode { "tg" } else { "pp" };
+        let rows = if self.rows == 1 { String::new() } else { format!(" x{}", self.rows) };
         let depth = if self.depth == 0 { String::new() } else { format!(" @ d{}", self.depth) };
-        format!("{kind}{}{depth}", self.tokens)
+        format!("{kind}{}{rows}{depth}", self.tokens)
+    }
+
+    /// Tokens that are timed, of all texts.
+    fn all_tokens(self) -> usize {
+        self.tokens * self.rows
     }
 }
 
 /// All tests, depth by depth.
-fn tests(prompts: &[usize], decodes: &[usize], depths: &[usize]) -> Vec<Test> {
+fn tests(prompts: &[usize], decodes: &[usize], depths: &[usize], parallel: &[u16]) -> Vec<Test> {
     let mut all = Vec::new();
     for &depth in depths {
-        let prompts = prompts.iter().map(|&tokens| Test { tokens, decode: false, depth });
-        let decodes = decodes.iter().map(|&tokens| Test { tokens, decode: true, depth });
+        let prompts = prompts.iter().map(|&tokens| Test { tokens, decode: false, rows: 1, depth });
+        let decodes = (parallel.iter()).flat_map(|&rows| {
+            decodes.iter().map(move |&tokens| Test { tokens, decode: true, rows: rows.into(), depth })
+        });
         all.extend(prompts.chain(decodes).filter(|test| test.tokens > 0));
     }
     all
@@ -231,16 +245,17 @@ impl Bench<'_> {
     /// Adds the seconds of each repetition. `filled` is the cache at the last test's depth, and then at this one's.
     fn measure(&mut self, test: Test, filled: &mut Option<Snapshot>, seconds: &mut Vec<f64>) -> Result<(), Halt> {
         let start = self.fill(test.depth, filled)?;
-        let mut cache = Cache::new(self.model.config(), 1, &self.model.device());
+        let mut cache = Cache::new(self.model.config(), test.rows, &self.model.device());
+        let again = |cache: &mut Cache| (0..test.rows).for_each(|row| cache.restore(row, &start));
         let warm_up = if test.decode { WARM_UP } else { usize::MAX }.min(self.warm_up).min(test.tokens);
         if warm_up > 0 {
-            cache.restore(0, &start);
+            again(&mut cache);
             self.read(&mut cache, warm_up, test.decode)?;
         }
         for repetition in 1..=self.repetitions {
-            cache.restore(0, &start);
+            again(&mut cache);
             let taken = self.read(&mut cache, test.tokens, test.decode)?;
-            note!("    {repetition}/{}: {:.2} t/s", self.repetitions, test.tokens as f64 / taken);
+            note!("    {repetition}/{}: {:.2} t/s", self.repetitions, test.all_tokens() as f64 / taken);
             seconds.push(taken);
         }
         Ok(())
@@ -260,19 +275,21 @@ impl Bench<'_> {
         Ok(filled.insert(cache.snapshot(0)).clone())
     }
 
-    /// Runs `tokens` random tokens through the model as the engine would, and says how many seconds that took.
+    /// Runs `tokens` random tokens a row through the model as the engine would, and says how many seconds that took.
     fn read(&mut self, cache: &mut Cache, tokens: usize, decode: bool) -> Result<f64, Halt> {
         let vocab = self.model.config().vocab_size as u32;
-        let ids: Vec<u32> = (0..tokens).map(|_| self.random.random_range(0..vocab)).collect();
+        let ids: Vec<Vec<u32>> =
+            (0..cache.rows()).map(|_| (0..tokens).map(|_| self.random.random_range(0..vocab)).collect()).collect();
         let start = Instant::now();
-        let mut left = tokens;
-        for ids in ids.chunks(if decode { 1 } else { self.chunk }) {
+        let mut read = 0;
+        while read < tokens {
             if self.busy.stopped() {
                 return Err(Halt::Stopped);
             }
-            left -= ids.len();
-            let wants_logits = decode || left == 0;
-            let batch = Batch::new(vec![ids.to_vec()]);
+            let piece = read..tokens.min(read + if decode { 1 } else { self.chunk });
+            read = piece.end;
+            let wants_logits = decode || read == tokens;
+            let batch = Batch::new(ids.iter().map(|ids| ids[piece.clone()].to_vec()).collect());
             let batch = if wants_logits { batch.last() } else { batch.none() };
             let hidden = self.model.forward(&batch, Some(cache), &mut Trace::none());
             if wants_logits {
@@ -315,15 +332,15 @@ impl Measured {
         let contexts = test.depth..test.depth + test.tokens;
         Self {
             test,
-            rates: seconds.iter().map(|s| test.tokens as f64 / s).collect(),
+            rates: seconds.iter().map(|s| test.all_tokens() as f64 / s).collect(),
             seconds,
             flops: contexts.map(|context| flops::flops_per_token(config, context)).sum(),
         }
     }
 
-    /// Decode: GB/s of weights.
+    /// Decode of one text: GB/s of weights. Several share some of them.
     fn gigabytes(&self, about: &About) -> Option<f64> {
-        self.test.decode.then(|| mean(&self.rates) * about.token_bytes as f64 / 1e9)
+        (self.test.decode && self.test.rows == 1).then(|| mean(&self.rates) * about.token_bytes as f64 / 1e9)
     }
 
     /// Prefill: GFLOP/s.
@@ -349,6 +366,7 @@ impl Measured {
             "test": self.test.name(),
             "n_prompt": prompt,
             "n_gen": generated,
+            "n_parallel": self.test.rows,
             "n_depth": self.test.depth,
             "avg_ns": mean(&nanoseconds).round(),
             "stddev_ns": deviation(&nanoseconds).round(),
@@ -494,9 +512,11 @@ mod tests {
 
     #[test]
     fn names_order_and_statistics() {
-        let names: Vec<String> = tests(&[512, 0], &[128], &[0, 4096]).into_iter().map(Test::name).collect();
+        let names: Vec<String> = tests(&[512, 0], &[128], &[0, 4096], &[1]).into_iter().map(Test::name).collect();
         assert_eq!(names, ["pp512", "tg128", "pp512 @ d4096", "tg128 @ d4096"]);
-        assert!(tests(&[0], &[0], &[0]).is_empty());
+        let together: Vec<String> = tests(&[8], &[64], &[0, 9], &[1, 16]).into_iter().map(Test::name).collect();
+        assert_eq!(together, ["pp8", "tg64", "tg64 x16", "pp8 @ d9", "tg64 @ d9", "tg64 x16 @ d9"]);
+        assert!(tests(&[0], &[0], &[0], &[1]).is_empty());
         assert_eq!((mean(&[2.0, 4.0, 9.0]), deviation(&[2.0, 4.0, 9.0])), (5.0, 13f64.sqrt()));
         assert_eq!(deviation(&[3.0]), 0.0);
     }
@@ -504,7 +524,7 @@ mod tests {
     #[test]
     fn prefill_counts_the_context_of_every_token() {
         let config = ModelConfig::preset("nano").unwrap();
-        let test = Test { tokens: 3, decode: false, depth: 10 };
+        let test = Test { tokens: 3, decode: false, rows: 1, depth: 10 };
         let measured = Measured::new(&config, test, vec![0.5]);
         let at = |context| flops::flops_per_token(&config, context);
         assert_eq!(measured.flops, at(10) + at(11) + at(12));
