@@ -112,8 +112,8 @@ pub struct Sampled {
 #[derive(Debug, Clone)]
 pub struct Sampler {
     options: SamplingOptions,
-    /// Shared by the sampler's clones.
-    allowed: Option<Arc<[bool]>>,
+    /// The ids that may be drawn, ascending, where not all may. Shared by the sampler's clones.
+    allowed: Option<Arc<[u32]>>,
     rng: ChaCha8Rng,
     seed: u64,
     candidates: Vec<(u32, f32)>,
@@ -130,7 +130,8 @@ impl Sampler {
     pub fn new(options: SamplingOptions, allowed: Option<Vec<bool>>) -> Result<Self, SamplerError> {
         options.validate()?;
         let seed = options.seed.unwrap_or_else(random_seed);
-        let allowed = allowed.map(Arc::from);
+        let ids = |allowed: Vec<bool>| (0..).zip(allowed).filter_map(|(id, allowed)| allowed.then_some(id)).collect();
+        let allowed = allowed.map(ids);
         Ok(Self {
             options,
             allowed,
@@ -183,14 +184,18 @@ impl Sampler {
             let id = logits.iter().position(|l| !l.is_finite()).unwrap_or(0);
             return Err(SamplerError::NotFinite { id });
         }
-        let known = self.allowed.as_deref();
-        let in_mask = |mask: Option<&[bool]>, id: u32| mask.is_none_or(|m| m.get(id as usize).is_some_and(|&a| a));
-        self.candidates.clear();
-        let all = (0u32..).zip(logits.iter().copied()).filter(|(id, _)| in_mask(known, *id));
-        match next {
-            Next::Any => self.candidates.extend(all),
-            Next::Among(mask) => self.candidates.extend(all.filter(|(id, _)| in_mask(Some(mask), *id))),
-            Next::Only(id) => self.candidates.extend(logits.get(id as usize).map(|&logit| (id, logit))),
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        if let Next::Only(id) = next {
+            candidates.extend(logits.get(id as usize).map(|&logit| (id, logit)));
+        } else if let Some(ids) = &self.allowed {
+            let within = ids.partition_point(|&id| (id as usize) < logits.len());
+            candidates.extend(ids[..within].iter().map(|&id| (id, logits[id as usize])));
+        } else {
+            candidates.extend((0u32..).zip(logits.iter().copied()));
+        }
+        if let Next::Among(mask) = next {
+            candidates.retain(|&(id, _)| mask.get(id as usize).is_some_and(|&allowed| allowed));
         }
         if self.candidates.is_empty() {
             return Err(SamplerError::NothingAllowed { vocab: logits.len() });
@@ -200,7 +205,8 @@ impl Sampler {
         let norm = f64::from(max) + exps(level(), logits, max, &mut self.exps).ln();
         self.penalise(logits.len(), text);
         self.shift();
-        let (id, draw_log_prob) = if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw(max) };
+        let (id, draw_log_prob) =
+            if self.options.temperature == 0.0 { (self.greedy(), 0.0) } else { self.draw(logits, max) };
         if self.counts() {
             *self.drawn.entry(id).or_default() += 1;
         }
@@ -252,9 +258,8 @@ impl Sampler {
         best.map_or(0, |(id, _)| id)
     }
 
-    /// `all_max` is the largest of all raw logits.
-    fn draw(&mut self, all_max: f32) -> (u32, f32) {
-        let plain = self.options.repetition_penalty == 1.0 && self.options.logit_bias.is_empty() && !self.counts();
+    /// `all_max` is the largest of all raw `logits`.
+    fn draw(&mut self, logits: &[f32], all_max: f32) -> (u32, f32) {
         let SamplingOptions { temperature, top_k, top_p, min_p, .. } = self.options;
         let c = &mut self.candidates;
         // Likeliest first and, of equals, lowest id first: the order must not depend on the sort.
@@ -264,9 +269,12 @@ impl Sampler {
             c.truncate(top_k);
         }
         let max = c.iter().fold(f32::NEG_INFINITY, |m, x| m.max(x.1));
-        // Weights, the largest is 1; often those that are there already, to the bit.
-        if temperature == 1.0 && plain && max == all_max {
-            c.iter_mut().for_each(|x| x.1 = self.exps[x.0 as usize]);
+        // Weights, the largest is 1; mostly those that are there already, to the bit: of what no penalty and no bias has changed.
+        if temperature == 1.0 && max == all_max {
+            for (id, logit) in c.iter_mut() {
+                let changed = *logit != logits[*id as usize];
+                *logit = if changed { exp(*logit - max) } else { self.exps[*id as usize] };
+            }
         } else {
             self.scaled.clear();
             self.scaled.extend(c.iter().map(|x| (x.1 - max) / temperature));
@@ -337,6 +345,13 @@ pub fn top_log_probs(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
 pub fn log_probs(logits: &[f32]) -> Vec<f32> {
     let norm = log_sum_exp(logits);
     logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
+}
+
+/// As [`exps`] has it.
+fn exp(x: f32) -> f32 {
+    let mut y = [0.0];
+    exps(level(), &[x], 0.0, &mut y);
+    y[0]
 }
 
 /// The weights' sum, in eight parts that are added up side by side.
@@ -479,25 +494,28 @@ mod tests {
         }
     }
 
-    /// The exponentials that a draw shares with the log-probability change no bit of either: the largest logit allowed or
-    /// not, penalised or not.
+    /// A draw shares exponentials with the log-probability, but for what a bias or a penalty has changed: the largest logit
+    /// allowed or not, changed or not.
     #[test]
-    fn shared_exponentials_change_no_bit() {
+    fn exponentials_are_shared_where_they_are_the_same() {
         let logits: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 4.0).collect();
         let best = (0..300).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
-        for without_best in [false, true] {
+        for (without_best, changed) in
+            [(false, None), (true, None), (false, Some(5)), (false, Some(best)), (true, Some(5))]
+        {
             let allowed = (0..300).map(|i| i % 7 != 3 && !(without_best && i == best)).collect::<Vec<_>>();
-            let wanted: f64 = (0..300).filter(|&i| allowed[i]).map(|i| f64::from(logits[i].exp())).sum();
-            let options = SamplingOptions { seed: Some(4), ..plain() };
-            let mut shared = Sampler::new(options.clone(), Some(allowed.clone())).unwrap();
-            // A penalty that no id of the text falls under: nothing is shared.
-            let mut own = Sampler::new(SamplingOptions { repetition_penalty: 2.0, ..options }, Some(allowed)).unwrap();
+            let mut own = logits.clone();
+            changed.iter().for_each(|&id: &usize| own[id] += 1.5);
+            let wanted: f64 = (0..300).filter(|&i| allowed[i]).map(|i| f64::from(own[i]).exp()).sum();
+            let logit_bias = changed.iter().map(|&id| (id as u32, 1.5)).collect();
+            let options = SamplingOptions { seed: Some(4), logit_bias, ..plain() };
+            let mut sampler = Sampler::new(options, Some(allowed.clone())).unwrap();
             for _ in 0..200 {
-                let (a, b) = (shared.sample(&logits, &[]).unwrap(), own.sample(&logits, &[]).unwrap());
-                assert_eq!(a, b);
-                assert_eq!(a.log_prob, log_prob(&logits, a.id));
-                let p = f64::from(logits[a.id as usize].exp()) / wanted;
-                assert!((f64::from(a.draw_log_prob) - p.ln()).abs() < 1e-5);
+                let drawn = sampler.sample(&logits, &[]).unwrap();
+                assert!(allowed[drawn.id as usize]);
+                assert_eq!(drawn.log_prob, log_prob(&logits, drawn.id));
+                let p = f64::from(own[drawn.id as usize]).exp() / wanted;
+                assert!((f64::from(drawn.draw_log_prob) - p.ln()).abs() < 1e-5);
             }
         }
     }
