@@ -4,6 +4,7 @@ use super::buffer::{Buffer, SendPtr};
 use super::packed::Format;
 use super::pool;
 use super::quant::{Meta, Quant, QuantActs, quantize_acts};
+use super::rows::rows_per_chunk;
 use super::simd::{self, Level};
 use crate::simd;
 
@@ -48,9 +49,9 @@ impl Acts {
         let stride = row_stride(words.max(padded));
         let mut data = Buffer::words_arbitrary(rows * stride);
         let start = SendPtr(data.words_mut().as_mut_ptr());
-        const ROWS: usize = 16; // a job's share
-        pool::run(if rows * k < 1 << 16 { 1 } else { rows.div_ceil(ROWS) }, |i| {
-            let share = if rows * k < 1 << 16 { 0..rows } else { i * ROWS..rows.min((i + 1) * ROWS) };
+        let each = rows_per_chunk(rows, k);
+        pool::run(rows.div_ceil(each), |i| {
+            let share = i * each..rows.min((i + 1) * each);
             for r in share {
                 // SAFETY: row r is this job's alone, and lies inside the buffer.
                 let to = unsafe { std::slice::from_raw_parts_mut(start.get().add(r * stride), stride) };

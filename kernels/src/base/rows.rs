@@ -126,11 +126,15 @@ pub(crate) fn unique(x: &mut FlexTensor) -> Option<&mut [f32]> {
     x.try_storage_mut::<f32>().map(|data| &mut data[start..end])
 }
 
-/// Rows of `dim` elements per chunk of parallel work: a chunk is worth handing to another thread, a small whole is one
-/// chunk.
+/// Rows of `dim` elements per chunk of parallel work: several chunks for each thread, each worth handing over (about a
+/// microsecond); a small whole is one chunk.
 pub(crate) fn rows_per_chunk(n: usize, dim: usize) -> usize {
-    const CHUNK: usize = 16 * 1024;
-    if n * dim <= 2 * CHUNK { n.max(1) } else { CHUNK.div_ceil(dim.max(1)) }
+    const LEAST: usize = 2 * 1024;
+    const MOST: usize = 16 * 1024;
+    if n * dim <= 2 * LEAST {
+        return n.max(1);
+    }
+    (n * dim / (8 * pool::threads())).clamp(LEAST, MOST).div_ceil(dim.max(1))
 }
 
 /// Cuts each of `outs` into consecutive chunks of its own size (the last may be shorter) and calls `job(i, chunks)` with
