@@ -1,13 +1,14 @@
-//! The rows that decode, those that wait, and the step that takes all of them on.
+//! The sequences that wait, those under way, and the step that takes all of them on.
 
-use super::reading::{Reading, Unscored};
+use super::lanes::{Lane, Lanes};
+use super::reading::{Readings, Unscored};
 use super::{BatchSettings, Event, Prefix, Request, RequestId, Scored};
 use crate::engine::{EngineError, Finish, to_host};
 use crate::guide::{Guide, Next};
 use crate::sampler::{Sampled, Sampler, top_log_probs};
 use burn::tensor::Tensor;
 use m1_kernels::base::pool;
-use m1_model::{Batch, Cache, M1, Snapshot, Trace};
+use m1_model::{Cache, M1, Snapshot};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -85,10 +86,10 @@ impl Sequence {
 
 /// A sequence that has no row yet, what has been read of it and the id to be read next.
 #[derive(Debug)]
-struct Joining {
-    sequence: Sequence,
-    snapshot: Snapshot,
-    next: u32,
+pub(super) struct Joining {
+    pub sequence: Sequence,
+    pub snapshot: Snapshot,
+    pub next: u32,
 }
 
 /// Runs many sequences over one model.
@@ -97,13 +98,9 @@ pub struct Batcher<'a> {
     model: &'a M1,
     settings: BatchSettings,
     waiting: VecDeque<(RequestId, Request)>,
-    reading: Reading,
+    reading: Readings<'a>,
     joining: Vec<Joining>,
-    cache: Cache,
-    /// One for each row of the cache; `None` where the sequence has ended and its row waits for another.
-    rows: Vec<Option<Sequence>>,
-    /// The id that each row reads next.
-    next: Vec<u32>,
+    lanes: Lanes<'a>,
     ids: u64,
     /// Bytes that the caches of all that are active may come to.
     reserved: u64,
@@ -116,11 +113,9 @@ impl<'a> Batcher<'a> {
             model,
             settings: BatchSettings { rows: settings.rows.max(1), ..settings },
             waiting: VecDeque::new(),
-            reading: Reading::new(model),
+            reading: Readings::new(model),
             joining: Vec::new(),
-            cache: Cache::new(model.config(), 0, &model.device()),
-            rows: Vec::new(),
-            next: Vec::new(),
+            lanes: Lanes::new(model),
             ids: 0,
             reserved: 0,
         }
@@ -170,12 +165,12 @@ impl<'a> Batcher<'a> {
 
     /// Bytes that the cache of `request` may come to.
     pub fn needed(&self, request: &Request) -> u64 {
-        self.cache.row_bytes(self.model.config(), request.longest(self.settings.context))
+        self.lanes.row_bytes(request.longest(self.settings.context))
     }
 
     /// The most tokens, up to the context, whose cache takes no more than `bytes`.
     pub fn longest_in(&self, bytes: u64) -> usize {
-        let fits = |tokens: usize| self.cache.row_bytes(self.model.config(), tokens) <= bytes;
+        let fits = |tokens: usize| self.lanes.row_bytes(tokens) <= bytes;
         let (mut low, mut high) = (0, self.settings.context);
         while low < high {
             let middle = low + (high - low).div_ceil(2);
@@ -196,11 +191,9 @@ impl<'a> Batcher<'a> {
     /// What has been read of a request that is under way; `None` while it waits and once it has ended.
     pub fn past(&self, id: RequestId) -> Option<Snapshot> {
         let of = |sequence: &Sequence| sequence.id == id;
-        if let Some(row) = self.rows.iter().position(|row| row.as_ref().is_some_and(of)) {
-            return Some(self.cache.snapshot(row));
-        }
         let joining = self.joining.iter().find(|joining| of(&joining.sequence));
-        joining.map(|joining| joining.snapshot.clone()).or_else(|| self.reading.past(of))
+        let joining = joining.map(|joining| joining.snapshot.clone());
+        self.lanes.past(id).or(joining).or_else(|| self.reading.past(of))
     }
 
     /// Tokens of its prompt that a request has read, if it is at that.
@@ -214,10 +207,9 @@ impl<'a> Batcher<'a> {
         self.waiting.retain(|(other, _)| *other != id);
         let joining = self.joining.len();
         self.joining.retain(|joining| joining.sequence.id != id);
-        let row = self.rows.iter_mut().find(|row| row.as_ref().is_some_and(|sequence| sequence.id == id));
         let there = self.waiting.len() < waiting
             || self.joining.len() < joining
-            || row.is_some_and(|row| row.take().is_some())
+            || self.lanes.cancel(id)
             || self.reading.remove(|sequence| sequence.id == id);
         self.count_reserved();
         there
@@ -226,7 +218,7 @@ impl<'a> Batcher<'a> {
     /// All sequences that are active.
     fn sequences(&self) -> impl Iterator<Item = &Sequence> {
         let joining = self.joining.iter().map(|joining| &joining.sequence);
-        self.rows.iter().flatten().chain(joining).chain(self.reading.sequences())
+        self.lanes.sequences().chain(joining).chain(self.reading.sequences())
     }
 
     fn count_reserved(&mut self) {
@@ -235,7 +227,13 @@ impl<'a> Batcher<'a> {
 
     /// Requests that hold a row or read their prompt.
     pub fn active(&self) -> usize {
-        self.rows.iter().flatten().count() + self.reading.len() + self.joining.len()
+        self.sequences().count()
+    }
+
+    /// Lanes that decode.
+    #[cfg(test)]
+    pub(super) fn lanes(&self) -> usize {
+        self.lanes.used()
     }
 
     /// Requests that wait for a row.
@@ -250,7 +248,7 @@ impl<'a> Batcher<'a> {
 
     /// Bytes that the caches hold.
     pub fn bytes(&self) -> u64 {
-        self.cache.bytes() + self.reading.bytes()
+        self.lanes.bytes() + self.reading.bytes()
     }
 
     /// Takes every sequence on by one id, and prompts by a piece; starts those that wait where there is room.
@@ -260,25 +258,28 @@ impl<'a> Batcher<'a> {
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
         let mut events = Vec::new();
         self.start(&mut events);
-        self.seat();
-        let read = self.reading.step(self.model, self.settings.prefill_tokens);
+        self.lanes.seat(std::mem::take(&mut self.joining));
+        let read = self.reading.step(self.settings.prefill_tokens);
         events.extend(read.passed.into_iter().map(|(id, snapshot)| Event::Passed { id, snapshot }));
         for unscored in read.scored {
             events.push(Event::Scored { id: unscored.id, tokens: score(self.model, unscored)? });
         }
-        let decoded = (!self.rows.is_empty()).then(|| {
-            let rows = self.next.iter().map(|&id| vec![id]).collect();
-            self.model.forward(&Batch::new(rows), Some(&mut self.cache), &mut Trace::none())
-        });
+        let (vocab, context) = (self.model.config().vocab_size, self.settings.context);
+        let mut lane = self.lanes.alone();
+        let decoded = lane.as_mut().map(|lane| lane.forward(self.model));
+        let several = lane.is_none();
         let mut hidden: Vec<Tensor<2>> = read.hidden.into_iter().chain(decoded).collect();
         let hidden = if hidden.len() > 1 { Some(Tensor::cat(hidden, 0)) } else { hidden.pop() };
         if let Some(hidden) = hidden {
             // One product with the head and one transfer, whoever asks.
             let logits = to_host(self.model.logits(hidden))?;
-            self.draw(&logits, read.done, &mut events);
+            self.joining.extend(draw(&logits, vocab, context, read.done, lane, &mut events));
+        }
+        if several {
+            events.extend(self.lanes.step(context)?);
         }
         if self.is_idle() {
-            self.seat(); // nobody holds memory any more
+            self.lanes.seat(Vec::new()); // nobody holds memory any more
         }
         self.count_reserved();
         Ok(events)
@@ -354,60 +355,46 @@ impl<'a> Batcher<'a> {
             }
         }
     }
+}
 
-    /// Gives a row to those who join: first the rows of those that have ended, which are written alone; only when the
-    /// number of rows changes are all states copied.
-    fn seat(&mut self) {
-        let mut joining = std::mem::take(&mut self.joining).into_iter();
-        for row in 0..self.rows.len() {
-            if self.rows[row].is_none() {
-                let Some(Joining { sequence, snapshot, next }) = joining.next() else { break };
-                self.cache.restore(row, &snapshot);
-                self.rows[row] = Some(sequence);
-                self.next[row] = next;
-            }
-        }
-        let more: Vec<Joining> = joining.collect();
-        self.cache.append(more.iter().map(|joining| &joining.snapshot));
-        for Joining { sequence, next, .. } in more {
-            self.rows.push(Some(sequence));
-            self.next.push(next);
-        }
-        if self.rows.iter().any(Option::is_none) {
-            let kept: Vec<usize> = (0..self.rows.len()).filter(|&row| self.rows[row].is_some()).collect();
-            self.cache.select(&kept);
-            self.next = kept.iter().map(|&row| self.next[row]).collect();
-            self.rows.retain(Option::is_some);
+/// Draws for those whose prompts have been `read` and for every row of `lane`, in the order of the `logits`; who has been
+/// read and goes on is returned.
+pub(super) fn draw(
+    logits: &[f32],
+    vocab: usize,
+    context: usize,
+    mut read: Vec<(Sequence, Snapshot)>,
+    mut lane: Option<&mut Lane>,
+    events: &mut Vec<Event>,
+) -> Vec<Joining> {
+    let of_read = read.iter_mut().map(|(sequence, snapshot)| (sequence, snapshot.tokens()));
+    let of_rows = lane.iter_mut().flat_map(|lane| {
+        let Lane { cache, rows, .. } = &mut **lane;
+        let rows = rows.iter_mut().enumerate();
+        rows.filter_map(|(row, sequence)| Some((sequence.as_mut()?, cache.tokens(row))))
+    });
+    let draws = of_read.chain(of_rows).zip(logits.chunks_exact(vocab));
+    let drawn = draw_all(draws.map(|((sequence, text), logits)| Draw { sequence, logits, text }).collect());
+
+    let (mut drawn, mut joining) = (drawn.into_iter().zip(logits.chunks_exact(vocab)), Vec::new());
+    for (mut sequence, snapshot) in read {
+        let Some((drawn, logits)) = drawn.next() else { break };
+        let past = || snapshot.clone();
+        if let Some(next) = sequence.take(drawn, snapshot.tokens().len(), context, logits, past, events) {
+            joining.push(Joining { sequence, snapshot, next });
         }
     }
-
-    /// Draws for those whose prompts have been `read` and for every row, in the order of the `logits`.
-    fn draw(&mut self, logits: &[f32], mut read: Vec<(Sequence, Snapshot)>, events: &mut Vec<Event>) {
-        let (vocab, context) = (self.model.config().vocab_size, self.settings.context);
-        let of_read = read.iter_mut().map(|(sequence, snapshot)| (sequence, snapshot.tokens()));
-        let cache = &self.cache;
-        let of_rows = (self.rows.iter_mut().enumerate())
-            .filter_map(|(row, sequence)| Some((sequence.as_mut()?, cache.tokens(row))));
-        let draws = of_read.chain(of_rows).zip(logits.chunks_exact(vocab));
-        let drawn = draw_all(draws.map(|((sequence, text), logits)| Draw { sequence, logits, text }).collect());
-
-        let mut drawn = drawn.into_iter().zip(logits.chunks_exact(vocab));
-        for (mut sequence, snapshot) in read {
-            let Some((drawn, logits)) = drawn.next() else { break };
-            let past = || snapshot.clone();
-            if let Some(next) = sequence.take(drawn, snapshot.tokens().len(), context, logits, past, events) {
-                self.joining.push(Joining { sequence, snapshot, next });
-            }
-        }
-        for (row, slot) in self.rows.iter_mut().enumerate() {
+    if let Some(Lane { cache, rows, next }) = lane {
+        for (row, slot) in rows.iter_mut().enumerate() {
             let Some(sequence) = slot else { continue };
             let Some((drawn, logits)) = drawn.next() else { break };
             match sequence.take(drawn, cache.len(row), context, logits, || cache.snapshot(row), events) {
-                Some(next) => self.next[row] = next,
+                Some(id) => next[row] = id,
                 None => *slot = None,
             }
         }
     }
+    joining
 }
 
 /// Scores tokens, a part at a time: the logits of a whole piece are hundreds of megabytes for a vocabulary as large as M1's.
@@ -457,7 +444,7 @@ fn draw_all(draws: Vec<Draw>) -> Vec<Result<Drawn, EngineError>> {
 }
 
 /// `make(i)` for every `i` below `n`, in their order, made on the pool's threads. Each place is locked once.
-fn on_pool<T: Send>(n: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_pool<T: Send>(n: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let places: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
     pool::run(n, |i| *places[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(make(i)));
     places.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()

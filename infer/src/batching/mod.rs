@@ -10,6 +10,7 @@
 //! On a device the shape of a product decides its kernel, so there the last bits may differ.
 
 mod batcher;
+pub(crate) mod lanes;
 pub(crate) mod pieces;
 pub mod prefix_cache;
 mod reading;
@@ -18,6 +19,7 @@ pub mod scheduler;
 mod tests;
 
 pub use batcher::Batcher;
+pub(crate) use batcher::on_pool;
 pub use scheduler::{Job, JobId, Scheduler, SchedulerSettings, Update};
 
 use crate::engine::{EngineError, Finish, PREFILL_CHUNK};

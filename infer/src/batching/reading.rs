@@ -1,10 +1,13 @@
-//! The sequences whose prompts are being read, in a cache of their own until they can decode.
+//! The sequences whose prompts are being read, in caches of their own until they can decode: one, or some where the model is
+//! small enough for a thread to read alone ([`super::lanes`]).
 
 use super::RequestId;
-use super::batcher::Sequence;
+use super::batcher::{Sequence, on_pool};
+use super::lanes::lanes;
 use super::pieces::{STRIDE, most_texts, shared_ends};
 use burn::tensor::Tensor;
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
+use std::sync::{Mutex, PoisonError};
 
 /// A sequence and its whole prompt.
 #[derive(Debug)]
@@ -41,27 +44,35 @@ pub(super) struct Unscored {
     pub hidden: Tensor<2>,
 }
 
-/// Sequences on their way through their prompts.
-#[derive(Debug)]
-pub(super) struct Reading {
-    cache: Cache,
-    readers: Vec<Reader>,
+impl Step {
+    fn extend(&mut self, other: Step) {
+        self.done.extend(other.done);
+        self.passed.extend(other.passed);
+        self.scored.extend(other.scored);
+        self.hidden = match (self.hidden.take(), other.hidden) {
+            (Some(before), Some(hidden)) => Some(Tensor::cat(vec![before, hidden], 0)),
+            (before, hidden) => before.or(hidden),
+        };
+    }
 }
 
-impl Reading {
+/// All sequences on their way through their prompts.
+#[derive(Debug)]
+pub(super) struct Readings<'a> {
+    model: &'a M1,
+    /// At least one.
+    lanes: Vec<Reading>,
+}
+
+impl<'a> Readings<'a> {
     /// Nothing to read yet.
-    pub fn new(model: &M1) -> Self {
-        Self { cache: Cache::new(model.config(), 0, &model.device()), readers: Vec::new() }
+    pub fn new(model: &'a M1) -> Self {
+        Self { model, lanes: vec![Reading::new(model)] }
     }
 
     /// The sequences here.
     pub fn sequences(&self) -> impl Iterator<Item = &Sequence> {
-        self.readers.iter().map(|reader| &reader.sequence)
-    }
-
-    /// Sequences here.
-    pub fn len(&self) -> usize {
-        self.readers.len()
+        self.lanes.iter().flat_map(Reading::sequences)
     }
 
     /// Whether another prompt would only slow the others down.
@@ -71,23 +82,90 @@ impl Reading {
 
     /// The same when `more` have come.
     pub fn full_with(&self, more: usize, budget: usize) -> bool {
-        self.len() + more >= most_texts(budget)
+        self.sequences().count() + more >= most_texts(budget)
     }
 
-    /// Bytes of the cache.
+    /// Bytes of the caches.
     pub fn bytes(&self) -> u64 {
-        self.cache.bytes()
+        self.lanes.iter().map(|lane| lane.cache.bytes()).sum()
     }
 
     /// Begins to read `prompt` after what `snapshot` holds of it, and to `score` what is read.
-    pub fn add(
-        &mut self,
-        sequence: Sequence,
-        prompt: Vec<u32>,
-        mut marks: Vec<usize>,
-        snapshot: &Snapshot,
-        score: bool,
-    ) {
+    pub fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, marks: Vec<usize>, snapshot: &Snapshot, score: bool) {
+        let lanes = lanes(self.model);
+        while self.lanes.len() < lanes {
+            self.lanes.push(Reading::new(self.model));
+        }
+        if let Some(lane) = self.lanes[..lanes].iter_mut().min_by_key(|lane| lane.unread()) {
+            lane.add(sequence, prompt, marks, snapshot, score);
+        }
+    }
+
+    /// Drops the sequences that `gone` names.
+    pub fn remove(&mut self, gone: impl Fn(&Sequence) -> bool) -> bool {
+        self.lanes.iter_mut().fold(false, |removed, lane| lane.remove(&gone) || removed)
+    }
+
+    /// Tokens read of the prompt of a sequence that is here.
+    pub fn read(&self, of: impl Fn(&Sequence) -> bool) -> Option<usize> {
+        self.lanes.iter().find_map(|lane| lane.read(&of))
+    }
+
+    /// What was read of the prompt of a sequence that is here.
+    pub fn past(&self, of: impl Fn(&Sequence) -> bool) -> Option<Snapshot> {
+        self.lanes.iter().find_map(|lane| lane.past(&of))
+    }
+
+    /// Reads about `budget` tokens: each lane on a thread where they have about as much to read, else one after the other.
+    pub fn step(&mut self, budget: usize) -> Step {
+        let model = self.model;
+        let used: Vec<Mutex<&mut Reading>> =
+            self.lanes.iter_mut().filter(|lane| !lane.readers.is_empty()).map(Mutex::new).collect();
+        let step = |i: usize, budget: usize| used[i].lock().unwrap_or_else(PoisonError::into_inner).step(model, budget);
+        let unread = used.iter().map(|lane| lane.lock().unwrap_or_else(PoisonError::into_inner).unread());
+        let (unread, share) = (unread.collect::<Vec<usize>>(), budget / used.len().max(1));
+        let pieces: Vec<usize> = unread.iter().map(|&unread| unread.min(share)).collect();
+        let (longest, all) = (pieces.iter().max().copied().unwrap_or(0), pieces.iter().sum::<usize>());
+        let steps = if used.len() > 1 && 2 * used.len() * longest <= 3 * all {
+            on_pool(used.len(), |i| step(i, share))
+        } else {
+            // What some don't need of their share is the others'.
+            let mut left = budget.saturating_sub(all);
+            let mut one = |i: usize| {
+                let more = left.min(unread[i] - pieces[i]);
+                left -= more;
+                step(i, pieces[i] + more)
+            };
+            (0..used.len()).map(&mut one).collect()
+        };
+        let mut all = Step::default();
+        steps.into_iter().for_each(|step| all.extend(step));
+        all
+    }
+}
+
+/// Sequences that are read side by side.
+#[derive(Debug)]
+struct Reading {
+    cache: Cache,
+    readers: Vec<Reader>,
+}
+
+impl Reading {
+    fn new(model: &M1) -> Self {
+        Self { cache: Cache::new(model.config(), 0, &model.device()), readers: Vec::new() }
+    }
+
+    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.readers.iter().map(|reader| &reader.sequence)
+    }
+
+    /// Tokens to be read.
+    fn unread(&self) -> usize {
+        self.readers.iter().enumerate().map(|(i, reader)| reader.prompt.len() - self.cache.len(i)).sum()
+    }
+
+    fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, mut marks: Vec<usize>, snapshot: &Snapshot, score: bool) {
         let (begin, total) = (snapshot.tokens().len(), prompt.len());
         // No piece is a single token, so that none takes another way through the kernels than it would have uncut.
         marks.retain(|&m| m.is_multiple_of(STRIDE) && m > begin + 1 && m + 2 <= total);
@@ -97,10 +175,9 @@ impl Reading {
         self.readers.push(Reader { sequence, prompt, marks, score });
     }
 
-    /// Drops the sequences that `gone` names.
-    pub fn remove(&mut self, gone: impl Fn(&Sequence) -> bool) -> bool {
-        let kept: Vec<usize> = (0..self.len()).filter(|&i| !gone(&self.readers[i].sequence)).collect();
-        let removed = kept.len() < self.len();
+    fn remove(&mut self, gone: impl Fn(&Sequence) -> bool) -> bool {
+        let kept: Vec<usize> = (0..self.readers.len()).filter(|&i| !gone(&self.readers[i].sequence)).collect();
+        let removed = kept.len() < self.readers.len();
         if removed {
             self.cache.select(&kept);
             self.readers.retain(|reader| !gone(&reader.sequence));
@@ -108,20 +185,18 @@ impl Reading {
         removed
     }
 
-    /// Tokens read of the prompt of a sequence that is here.
-    pub fn read(&self, of: impl Fn(&Sequence) -> bool) -> Option<usize> {
+    fn read(&self, of: impl Fn(&Sequence) -> bool) -> Option<usize> {
         let row = self.readers.iter().position(|reader| of(&reader.sequence))?;
         Some(self.cache.len(row))
     }
 
-    /// What was read of the prompt of a sequence that is here.
-    pub fn past(&self, of: impl Fn(&Sequence) -> bool) -> Option<Snapshot> {
+    fn past(&self, of: impl Fn(&Sequence) -> bool) -> Option<Snapshot> {
         let row = self.readers.iter().position(|reader| of(&reader.sequence))?;
         Some(self.cache.snapshot(row))
     }
 
     /// Reads about `budget` tokens.
-    pub fn step(&mut self, model: &M1, budget: usize) -> Step {
+    fn step(&mut self, model: &M1, budget: usize) -> Step {
         if self.readers.is_empty() {
             return Step::default();
         }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::engine::{Engine, tests::tiny, to_host};
 use crate::sampler::{SamplingOptions, log_probs};
+use m1_kernels::base::pool;
 use m1_model::{Batch, Cache, Trace};
 use std::collections::HashMap;
 
@@ -129,6 +130,32 @@ fn a_row_of_a_refilling_batch_gives_the_bits_of_the_row_alone() {
             }
             assert_eq!(ids.len(), LENGTHS.len());
             assert_eq!(batcher.bytes(), 0, "an idle batcher holds nothing");
+        }
+    }
+}
+
+/// However many threads there are, and while they come and go, a lane each or not: the bits are those of the row alone.
+#[test]
+fn lanes_change_no_bit() {
+    let plain = tiny(VOCAB, CONTEXT);
+    let engine = Engine::new(plain.model().packed().unwrap(), Some(CONTEXT));
+    let requests: Vec<Request> = LENGTHS.iter().enumerate().map(|(i, &n)| request(i, text(n, i), None)).collect();
+    let wanted: Vec<Outcome> = requests.iter().map(|r| alone(&engine, r)).collect();
+    for (threads, lanes) in [(&[1][..], 1), (&[2], 2), (&[5, 1, 3, 2], 3)] {
+        let mut batcher = Batcher::new(engine.model(), settings(12, 512));
+        let (mut seen, mut coming, mut ids, mut most) = (Seen::default(), requests.iter(), Vec::new(), 0);
+        for &threads in threads.iter().cycle() {
+            ids.extend(coming.by_ref().take(2).map(|r| batcher.admit(again(r)).unwrap()));
+            if batcher.is_idle() {
+                break;
+            }
+            pool::with_threads(threads, || seen.step(&mut batcher));
+            most = most.max(batcher.lanes());
+        }
+        assert!((lanes..=threads[0]).contains(&most), "{most} lanes of {threads:?} threads");
+        assert_eq!((ids.len(), batcher.bytes()), (LENGTHS.len(), 0));
+        for (i, id) in ids.iter().enumerate() {
+            assert_eq!(seen.results[id], wanted[i], "prompt of {} tokens, {threads:?} threads", LENGTHS[i]);
         }
     }
 }

@@ -8,6 +8,7 @@ mod subject;
 
 use self::subject::{Layers, Subject};
 use super::common::{HubArgs, WeightArgs, whole};
+use crate::batching::{lanes::lanes_for, on_pool};
 use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
 use anyhow::{Context, ensure};
@@ -19,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Tokens of a decode's warm-up.
@@ -245,16 +247,22 @@ impl Bench<'_> {
     /// Adds the seconds of each repetition. `filled` is the cache at the last test's depth, and then at this one's.
     fn measure(&mut self, test: Test, filled: &mut Option<Snapshot>, seconds: &mut Vec<f64>) -> Result<(), Halt> {
         let start = self.fill(test.depth, filled)?;
-        let mut cache = Cache::new(self.model.config(), test.rows, &self.model.device());
-        let again = |cache: &mut Cache| (0..test.rows).for_each(|row| cache.restore(row, &start));
+        // As the engine would share the rows out.
+        let lanes = lanes_for(self.model, test.rows);
+        let rows = |lane: usize| test.rows * (lane + 1) / lanes - test.rows * lane / lanes;
+        let new = |lane| Cache::new(self.model.config(), rows(lane), &self.model.device());
+        let mut caches: Vec<Cache> = (0..lanes).map(new).collect();
+        let again = |caches: &mut [Cache]| {
+            caches.iter_mut().for_each(|cache| (0..cache.rows()).for_each(|row| cache.restore(row, &start)));
+        };
         let warm_up = if test.decode { WARM_UP } else { usize::MAX }.min(self.warm_up).min(test.tokens);
         if warm_up > 0 {
-            again(&mut cache);
-            self.read(&mut cache, warm_up, test.decode)?;
+            again(&mut caches);
+            self.read(&mut caches, warm_up, test.decode)?;
         }
         for repetition in 1..=self.repetitions {
-            again(&mut cache);
-            let taken = self.read(&mut cache, test.tokens, test.decode)?;
+            again(&mut caches);
+            let taken = self.read(&mut caches, test.tokens, test.decode)?;
             note!("    {repetition}/{}: {:.2} t/s", self.repetitions, test.all_tokens() as f64 / taken);
             seconds.push(taken);
         }
@@ -270,16 +278,18 @@ impl Bench<'_> {
         let missing = depth - cache.len(0);
         if missing > 0 {
             note!("    filling the cache: {missing} tokens");
-            self.read(&mut cache, missing, false)?;
+            self.read(std::slice::from_mut(&mut cache), missing, false)?;
         }
         Ok(filled.insert(cache.snapshot(0)).clone())
     }
 
-    /// Runs `tokens` random tokens a row through the model as the engine would, and says how many seconds that took.
-    fn read(&mut self, cache: &mut Cache, tokens: usize, decode: bool) -> Result<f64, Halt> {
+    /// Runs `tokens` random tokens a row through the model as the engine would, each cache on a thread where there are several,
+    /// and says how many seconds that took.
+    fn read(&mut self, caches: &mut [Cache], tokens: usize, decode: bool) -> Result<f64, Halt> {
         let vocab = self.model.config().vocab_size as u32;
-        let ids: Vec<Vec<u32>> =
-            (0..cache.rows()).map(|_| (0..tokens).map(|_| self.random.random_range(0..vocab)).collect()).collect();
+        let mut random = || (0..tokens).map(|_| self.random.random_range(0..vocab)).collect::<Vec<u32>>();
+        let ids: Vec<Vec<Vec<u32>>> =
+            caches.iter().map(|cache| (0..cache.rows()).map(|_| random()).collect()).collect();
         let start = Instant::now();
         let mut read = 0;
         while read < tokens {
@@ -289,12 +299,20 @@ impl Bench<'_> {
             let piece = read..tokens.min(read + if decode { 1 } else { self.chunk });
             read = piece.end;
             let wants_logits = decode || read == tokens;
-            let batch = Batch::new(ids.iter().map(|ids| ids[piece.clone()].to_vec()).collect());
-            let batch = if wants_logits { batch.last() } else { batch.none() };
-            let hidden = self.model.forward(&batch, Some(cache), &mut Trace::none());
-            if wants_logits {
-                to_host(self.model.logits(hidden)).map_err(Halt::Failed)?;
+            let model = self.model;
+            let step = |cache: &mut Cache, ids: &[Vec<u32>]| {
+                let batch = Batch::new(ids.iter().map(|ids| ids[piece.clone()].to_vec()).collect());
+                let batch = if wants_logits { batch.last() } else { batch.none() };
+                let hidden = model.forward(&batch, Some(cache), &mut Trace::none());
+                if wants_logits { to_host(model.logits(hidden)).map(drop) } else { Ok(()) }
+            };
+            if let [cache] = caches {
+                step(cache, &ids[0]).map_err(Halt::Failed)?;
+                continue;
             }
+            let lanes: Vec<Mutex<&mut Cache>> = caches.iter_mut().map(Mutex::new).collect();
+            let one = |i: usize| step(&mut lanes[i].lock().unwrap_or_else(PoisonError::into_inner), &ids[i]);
+            on_pool(lanes.len(), one).into_iter().collect::<Result<(), _>>().map_err(Halt::Failed)?;
         }
         Ok(start.elapsed().as_secs_f64())
     }

@@ -223,10 +223,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                     *b = b.add(column / PANEL * panels.stride + from * PANEL + column % PANEL);
                 }
                 let mut row = first * each + first.min(larger);
-                // Each of the groups that pass by these strips fetches its part of the next ones.
                 let passing = groups.min(first + taken) - first;
-                let lines = if passing > 1 { (n * width).div_ceil(passing) } else { 0 }; // a unit of 16 columns is a line
-                let next = b[0].wrapping_add(n * width / PANEL * panels.stride);
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let place = Place {
@@ -237,8 +234,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                         stride: target.stride,
                         columns: (target.columns - strip * width).min(n * width),
                         add,
-                        ahead: next.wrapping_add((group - first) * count.div_ceil(16) * lines * 16),
-                        lines,
+                        ahead: Ahead::new::<V>(strip, n, group - first, passing, count, b[0], panels.stride),
                     };
                     tiles::<V, S>(r, n, count, &place, &b);
                     row += r;
@@ -262,9 +258,62 @@ struct Place<'a> {
     stride: usize,
     columns: usize,
     add: bool,
-    /// What to fetch: so many cache lines for each 16 units, from here on.
-    ahead: *const f32,
+    ahead: Ahead,
+}
+
+/// What to fetch while a tile is multiplied: some cache lines, one behind the other, after every few units of K.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: *const f32,
     lines: usize,
+    /// Units between two times.
+    every: usize,
+}
+
+impl Ahead {
+    /// Words of a line.
+    const LINE: usize = 16;
+    /// Units between two times, where there is much to fetch.
+    const EVERY: usize = 16;
+    /// How far ahead of a stream that is read once, in words.
+    const DISTANCE: usize = 512;
+
+    /// For the `turn`-th of `turns` groups of rows that pass by `n` strips from `strip` on, which begin at `from` and are `units`
+    /// long.
+    #[inline(always)]
+    fn new<V: Vector>(
+        strip: usize,
+        n: usize,
+        turn: usize,
+        turns: usize,
+        units: usize,
+        from: *const f32,
+        stride: usize,
+    ) -> Self {
+        let (width, column) = (2 * V::LANES, 2 * V::LANES * strip % PANEL);
+        let panels = (n * width).div_ceil(PANEL);
+        // Tiles that share a panel: its strips, each as often as there are groups of rows.
+        let (tiles, tile) = ((PANEL / (n * width)).max(1) * turns, column / width * turns + turn);
+        let (start, every) = (from.wrapping_sub(column), Self::EVERY);
+        let lines = PANEL / Self::LINE * every;
+        if V::LANES == 8 && panels == 1 && tile == 0 && (turns == 1 || strip == 0) {
+            // Nobody has brought this panel in: it is a stream, with what comes behind it.
+            return Ahead { start: start.wrapping_add(Self::DISTANCE), lines, every };
+        }
+        if turns == 1 {
+            return Ahead { start, lines: 0, every };
+        }
+        // Each brings its part of the panels that come next.
+        let next = start.wrapping_add(panels * stride);
+        let all = panels * units * PANEL / Self::LINE;
+        let own = all.div_ceil(tiles);
+        if own <= 8 {
+            let lines = own.min(all.saturating_sub(tile * own));
+            return Ahead { start: next.wrapping_add(tile * own * Self::LINE), lines, every: units.max(1) };
+        }
+        let lines = (panels * lines).div_ceil(tiles);
+        Ahead { start: next.wrapping_add(tile * units.div_ceil(every) * lines * Self::LINE), lines, every }
+    }
 }
 
 /// Asks for a cache line, into the second level.
@@ -339,21 +388,20 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                 }
             }
         }
-        // What is multiplied next comes into the second-level cache meanwhile, a few lines after every few units.
-        const TOGETHER: usize = 16;
+        // What is multiplied next comes into the second-level cache meanwhile.
         let mut ahead = place.ahead;
-        for from in (0..units).step_by(TOGETHER) {
-            for u in from..units.min(from + TOGETHER) {
+        for from in (0..units).step_by(ahead.every) {
+            for u in from..units.min(from + ahead.every) {
                 for n in 0..N {
                     let p = b[n].add(u * PANEL);
                     let w = [V::load(p), V::load(p.add(V::LANES))];
                     S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, w);
                 }
             }
-            for line in 0..place.lines {
-                fetch(ahead.wrapping_add(line * 16));
+            for line in 0..ahead.lines {
+                fetch(ahead.start.wrapping_add(line * Ahead::LINE));
             }
-            ahead = ahead.wrapping_add(place.lines * 16);
+            ahead.start = ahead.start.wrapping_add(ahead.lines * Ahead::LINE);
         }
         for n in 0..N {
             for r in 0..R {
