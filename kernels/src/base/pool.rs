@@ -1,7 +1,9 @@
 //! The one thread pool of the CPU paths.
 //!
 //! A caller of [`run`] works itself; helpers take chunks beside it. Helpers spin for a moment after a job, because the
-//! next operation of a decode step comes within microseconds, and then sleep. A helper that the system has not
+//! next operation of a decode step comes within microseconds, and then sleep. Chunks have a thread that takes them first, the
+//! same in every job, so that what a chunk reads and writes tends to be in that core's cache already; who has done its own takes
+//! those of others. A helper that the system has not
 //! scheduled is never waited for: only one that has begun a chunk is. If the pool is busy (a nested call, or another
 //! thread's job), the caller runs everything itself, and helpers withdraw while there are as many callers as threads: two trainer
 //! threads on two cores get a core each.
@@ -71,6 +73,13 @@ pub fn run(chunks: usize, job: impl Fn(usize) + Sync) {
 
 type Job<'a> = &'a (dyn Fn(usize) + Sync);
 
+/// Threads take their chunks from one of so many counters: chunk i belongs to counter i modulo their number.
+const COUNTERS: usize = 8;
+
+/// Chunks of a counter that have been taken, on a cache line (and its neighbour) of its own.
+#[repr(align(128))]
+struct Taken(AtomicUsize);
+
 /// What helpers read of the job at hand; written by the caller that owns `busy`, while the gate is shut.
 struct Shared {
     job: Option<Job<'static>>,
@@ -96,7 +105,7 @@ struct Pool {
     /// Threads inside [`run`] as callers.
     callers: AtomicUsize,
     gate: AtomicUsize,
-    next: AtomicUsize,
+    taken: [Taken; COUNTERS],
     shared: UnsafeCell<Shared>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     helpers: Mutex<Vec<Helper>>,
@@ -123,7 +132,7 @@ impl Pool {
             busy: AtomicBool::new(false),
             callers: AtomicUsize::new(0),
             gate: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            taken: std::array::from_fn(|_| Taken(AtomicUsize::new(0))),
             shared: UnsafeCell::new(Shared { job: None, chunks: 0, threads: 1 }),
             panic: Mutex::new(None),
             helpers: Mutex::new(Vec::new()),
@@ -143,13 +152,13 @@ impl Pool {
         let job: Job<'static> = unsafe { std::mem::transmute::<Job<'_>, Job<'static>>(job) };
         // SAFETY: this thread owns `busy`, the gate is shut and empty since the last owner left.
         unsafe { *self.shared.get() = Shared { job: Some(job), chunks, threads: helpers + 1 } };
-        self.next.store(0, Ordering::Relaxed);
+        self.set_taken(0);
         self.gate.fetch_add(JOB_ONE | OPEN, Ordering::SeqCst);
         self.wake(helpers);
 
-        let own = catch_unwind(AssertUnwindSafe(|| self.work(chunks, job, || false)));
+        let own = catch_unwind(AssertUnwindSafe(|| self.work(0, helpers + 1, chunks, job, || false)));
         if own.is_err() {
-            self.next.store(chunks, Ordering::Relaxed);
+            self.set_taken(chunks);
         }
         self.gate.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0_u32;
@@ -167,16 +176,25 @@ impl Pool {
         }
     }
 
-    /// Takes chunks until there are none, or until `leave` says so after one.
-    fn work(&self, chunks: usize, job: Job<'_>, leave: impl Fn() -> bool) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= chunks {
-                break;
-            }
-            job(i);
-            if leave() {
-                break;
+    fn set_taken(&self, chunks: usize) {
+        self.taken.iter().for_each(|taken| taken.0.store(chunks, Ordering::Relaxed));
+    }
+
+    /// Takes chunks, first those of its own counter, until there are none, or until `leave` says so after one.
+    fn work(&self, thread: usize, threads: usize, chunks: usize, job: Job<'_>, leave: impl Fn() -> bool) {
+        let counters = threads.min(COUNTERS);
+        for counter in (0..counters).map(|i| (thread + i) % counters) {
+            let taken = &self.taken[counter].0;
+            // Not written to where there is nothing left: the line may be another's.
+            while counter + counters * taken.load(Ordering::Relaxed) < chunks {
+                let i = counter + counters * taken.fetch_add(1, Ordering::Relaxed);
+                if i >= chunks {
+                    break;
+                }
+                job(i);
+                if leave() {
+                    return;
+                }
             }
         }
     }
@@ -186,8 +204,9 @@ impl Pool {
         let mut helpers = self.helpers.lock().unwrap_or_else(PoisonError::into_inner);
         while helpers.len() < wanted {
             let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-            let name = format!("m1-kernels-{}", helpers.len() + 1);
-            let Ok(handle) = std::thread::Builder::new().name(name).spawn(move || self.help(asleep)) else { break };
+            let thread = helpers.len() + 1;
+            let builder = std::thread::Builder::new().name(format!("m1-kernels-{thread}"));
+            let Ok(handle) = builder.spawn(move || self.help(thread, asleep)) else { break };
             helpers.push(Helper { thread: handle.thread().clone(), asleep });
         }
         for helper in helpers.iter().take(wanted) {
@@ -198,7 +217,7 @@ impl Pool {
     }
 
     /// The life of a helper.
-    fn help(&'static self, asleep: &AtomicBool) {
+    fn help(&'static self, thread: usize, asleep: &AtomicBool) {
         INSIDE.set(true);
         let mut done = usize::MAX;
         loop {
@@ -238,8 +257,9 @@ impl Pool {
                     let helpers = self.gate.load(Ordering::Relaxed) & INSIDE_MASK;
                     self.callers.load(Ordering::Relaxed) + helpers > threads
                 };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(chunks, job, crowded))) {
-                    self.next.store(chunks, Ordering::Relaxed);
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(thread, threads, chunks, job, crowded)))
+                {
+                    self.set_taken(chunks);
                     self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
                 }
             }
