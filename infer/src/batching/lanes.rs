@@ -20,15 +20,27 @@ const SMALL: u64 = 16 << 20;
 /// Rows that a lane has at least: a thread alone is slower with one than all are with two.
 const LEAST: usize = 2;
 
-/// Lanes that a step of `model` takes its sequences in, if there are enough of them.
-pub(crate) fn lanes(model: &M1) -> usize {
-    let small = on_cpu(&Tensor::<1>::zeros([1], &model.device())) && model.token_bytes() <= SMALL;
-    if small { pool::threads() } else { 1 }
+/// How many lanes there may be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Most {
+    small: bool,
 }
 
-/// The lanes for so many rows that decode.
-pub(crate) fn lanes_for(model: &M1, rows: usize) -> usize {
-    lanes(model).min(rows / LEAST).max(1)
+impl Most {
+    /// For a model: some if it is small and on the CPU.
+    pub fn of(model: &M1) -> Self {
+        Self { small: on_cpu(&Tensor::<1>::zeros([1], &model.device())) && model.token_bytes() <= SMALL }
+    }
+
+    /// Lanes now; the number of threads may change.
+    pub fn lanes(self) -> usize {
+        if self.small { pool::threads() } else { 1 }
+    }
+
+    /// Lanes for so many rows that decode.
+    pub fn lanes_for(self, rows: usize) -> usize {
+        self.lanes().min(rows / LEAST).max(1)
+    }
 }
 
 /// A cache and the sequences of its rows.
@@ -95,6 +107,7 @@ impl Lane {
 #[derive(Debug)]
 pub(super) struct Lanes<'a> {
     model: &'a M1,
+    most: Most,
     /// At least one.
     lanes: Vec<Lane>,
 }
@@ -102,7 +115,7 @@ pub(super) struct Lanes<'a> {
 impl<'a> Lanes<'a> {
     /// No rows.
     pub fn new(model: &'a M1) -> Self {
-        Self { model, lanes: vec![Lane::new(model)] }
+        Self { model, most: Most::of(model), lanes: vec![Lane::new(model)] }
     }
 
     /// Lanes with rows.
@@ -143,7 +156,7 @@ impl<'a> Lanes<'a> {
     /// Gives rows to those who join, takes them from those that have ended, and makes the lanes equal.
     pub fn seat(&mut self, joining: Vec<Joining>) {
         let rows = self.sequences().count() + joining.len();
-        let lanes = lanes_for(self.model, rows);
+        let lanes = self.most.lanes_for(rows);
         while self.lanes.len() < lanes {
             self.lanes.push(Lane::new(self.model));
         }

@@ -3,7 +3,7 @@
 
 use super::RequestId;
 use super::batcher::{Sequence, on_pool};
-use super::lanes::lanes;
+use super::lanes::Most;
 use super::pieces::{STRIDE, most_texts, shared_ends};
 use burn::tensor::Tensor;
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
@@ -60,6 +60,7 @@ impl Step {
 #[derive(Debug)]
 pub(super) struct Readings<'a> {
     model: &'a M1,
+    most: Most,
     /// At least one.
     lanes: Vec<Reading>,
 }
@@ -67,7 +68,7 @@ pub(super) struct Readings<'a> {
 impl<'a> Readings<'a> {
     /// Nothing to read yet.
     pub fn new(model: &'a M1) -> Self {
-        Self { model, lanes: vec![Reading::new(model)] }
+        Self { model, most: Most::of(model), lanes: vec![Reading::new(model)] }
     }
 
     /// The sequences here.
@@ -92,7 +93,7 @@ impl<'a> Readings<'a> {
 
     /// Begins to read `prompt` after what `snapshot` holds of it, and to `score` what is read.
     pub fn add(&mut self, sequence: Sequence, prompt: Vec<u32>, marks: Vec<usize>, snapshot: &Snapshot, score: bool) {
-        let lanes = lanes(self.model);
+        let lanes = self.most.lanes();
         while self.lanes.len() < lanes {
             self.lanes.push(Reading::new(self.model));
         }

@@ -8,7 +8,7 @@ mod subject;
 
 use self::subject::{Layers, Subject};
 use super::common::{HubArgs, WeightArgs, whole};
-use crate::batching::{lanes::lanes_for, on_pool};
+use crate::batching::{lanes::Most, on_pool};
 use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
 use anyhow::{Context, ensure};
@@ -248,7 +248,7 @@ impl Bench<'_> {
     fn measure(&mut self, test: Test, filled: &mut Option<Snapshot>, seconds: &mut Vec<f64>) -> Result<(), Halt> {
         let start = self.fill(test.depth, filled)?;
         // As the engine would share the rows out.
-        let lanes = lanes_for(self.model, test.rows);
+        let lanes = Most::of(self.model).lanes_for(test.rows);
         let rows = |lane: usize| test.rows * (lane + 1) / lanes - test.rows * lane / lanes;
         let new = |lane| Cache::new(self.model.config(), rows(lane), &self.model.device());
         let mut caches: Vec<Cache> = (0..lanes).map(new).collect();
