@@ -104,7 +104,7 @@ impl<'a> Readings<'a> {
 
     /// Drops the sequences that `gone` names.
     pub fn remove(&mut self, gone: impl Fn(&Sequence) -> bool) -> bool {
-        self.lanes.iter_mut().fold(false, |removed, lane| lane.remove(&gone) || removed)
+        self.lanes.iter_mut().filter_map(|lane| lane.remove(&gone).then_some(())).count() > 0
     }
 
     /// Tokens read of the prompt of a sequence that is here.
