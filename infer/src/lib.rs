@@ -20,6 +20,7 @@ pub mod guide;
 pub mod history;
 pub mod hub;
 pub mod interrupt;
+mod parallel;
 pub mod progress;
 pub mod prompt;
 pub mod render;

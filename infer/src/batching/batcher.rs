@@ -5,12 +5,12 @@ use super::reading::{Readings, Unscored};
 use super::{BatchSettings, Event, Prefix, Request, RequestId, Scored};
 use crate::engine::{EngineError, Finish, to_host};
 use crate::guide::{Guide, Next};
+use crate::parallel::on_pool;
 use crate::sampler::{Sampled, Sampler, top_log_probs};
 use burn::tensor::Tensor;
-use m1_kernels::base::pool;
 use m1_model::{Cache, M1, Snapshot};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Logits from which drawing is worth spreading over the threads: some twenty microseconds of work.
 const SPREAD: usize = 1 << 13;
@@ -191,9 +191,9 @@ impl<'a> Batcher<'a> {
     /// What has been read of a request that is under way; `None` while it waits and once it has ended.
     pub fn past(&self, id: RequestId) -> Option<Snapshot> {
         let of = |sequence: &Sequence| sequence.id == id;
-        let joining = self.joining.iter().find(|joining| of(&joining.sequence));
-        let joining = joining.map(|joining| joining.snapshot.clone());
-        self.lanes.past(id).or(joining).or_else(|| self.reading.past(of))
+        let joining =
+            || self.joining.iter().find(|joining| of(&joining.sequence)).map(|joining| joining.snapshot.clone());
+        self.lanes.past(id).or_else(joining).or_else(|| self.reading.past(of))
     }
 
     /// Tokens of its prompt that a request has read, if it is at that.
@@ -404,7 +404,7 @@ fn score(model: &M1, unscored: Unscored) -> Result<Vec<Scored>, EngineError> {
     let mut scored = Vec::with_capacity(ids.len());
     for part in ids.chunks((SCORED / vocab).max(1)) {
         let logits = to_host(model.logits(hidden.clone().narrow(0, scored.len(), part.len())))?;
-        scored.extend(on_pool(part.len(), |i| Scored::of(part[i], &logits[i * vocab..][..vocab], top_log_probs)));
+        scored.extend(on_pool(0..part.len(), |i| Scored::of(part[i], &logits[i * vocab..][..vocab], top_log_probs)));
     }
     Ok(scored)
 }
@@ -439,13 +439,5 @@ fn draw_all(draws: Vec<Draw>) -> Vec<Result<Drawn, EngineError>> {
     if draws.iter().map(Draw::work).sum::<usize>() < SPREAD {
         return draws.into_iter().map(|mut draw| draw.draw()).collect();
     }
-    let draws: Vec<Mutex<Draw>> = draws.into_iter().map(Mutex::new).collect();
-    on_pool(draws.len(), |i| draws[i].lock().unwrap_or_else(PoisonError::into_inner).draw())
-}
-
-/// `make(i)` for every `i` below `n`, in their order, made on the pool's threads. Each place is locked once.
-pub(crate) fn on_pool<T: Send>(n: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let places: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
-    pool::run(n, |i| *places[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(make(i)));
-    places.into_iter().filter_map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    on_pool(draws, |mut draw| draw.draw())
 }

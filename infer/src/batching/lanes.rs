@@ -6,13 +6,13 @@
 //! reads all weights, which is little as long as they stay in the processor's caches. No bit depends on it: what the model
 //! computes for a row does not depend on its neighbours, nor on the number of threads.
 
-use super::batcher::{Joining, Sequence, draw, on_pool};
+use super::batcher::{Joining, Sequence, draw};
 use super::{Event, RequestId};
 use crate::engine::{EngineError, to_host};
+use crate::parallel::on_pool;
 use burn::tensor::Tensor;
 use m1_kernels::base::{on_cpu, pool};
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
-use std::sync::{Mutex, PoisonError};
 
 /// Bytes of weights that a token may read for lanes to pay. Two cores of a Zen 3, at 18 GB/s: 16 rows of nano (4.9 MB) decode 20 %
 /// faster in lanes, those of a model of 16 MB 18 % slower.
@@ -211,10 +211,8 @@ impl<'a> Lanes<'a> {
     /// [`EngineError::Device`].
     pub fn step(&mut self, context: usize) -> Result<Vec<Event>, EngineError> {
         let model = self.model;
-        let used: Vec<Mutex<&mut Lane>> =
-            self.lanes.iter_mut().filter(|lane| !lane.rows.is_empty()).map(Mutex::new).collect();
-        let steps = on_pool(used.len(), |i| {
-            let lane = &mut **used[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let used = self.lanes.iter_mut().filter(|lane| !lane.rows.is_empty());
+        let steps = on_pool(used, |lane| {
             let hidden = lane.forward(model);
             let logits = to_host(model.logits(hidden))?;
             let (mut events, vocab) = (Vec::new(), model.config().vocab_size);

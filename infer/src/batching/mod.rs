@@ -19,7 +19,6 @@ pub mod scheduler;
 mod tests;
 
 pub use batcher::Batcher;
-pub(crate) use batcher::on_pool;
 pub use scheduler::{Job, JobId, Scheduler, SchedulerSettings, Update};
 
 use crate::engine::{EngineError, Finish, PREFILL_CHUNK};

@@ -2,12 +2,12 @@
 //! small enough for a thread to read alone ([`super::lanes`]).
 
 use super::RequestId;
-use super::batcher::{Sequence, on_pool};
+use super::batcher::Sequence;
 use super::lanes::Most;
 use super::pieces::{STRIDE, most_texts, shared_ends};
+use crate::parallel::on_pool;
 use burn::tensor::Tensor;
 use m1_model::{Batch, Cache, M1, Snapshot, Trace};
-use std::sync::{Mutex, PoisonError};
 
 /// A sequence and its whole prompt.
 #[derive(Debug)]
@@ -104,7 +104,11 @@ impl<'a> Readings<'a> {
 
     /// Drops the sequences that `gone` names.
     pub fn remove(&mut self, gone: impl Fn(&Sequence) -> bool) -> bool {
-        self.lanes.iter_mut().filter_map(|lane| lane.remove(&gone).then_some(())).count() > 0
+        let mut removed = false;
+        for lane in &mut self.lanes {
+            removed |= lane.remove(&gone);
+        }
+        removed
     }
 
     /// Tokens read of the prompt of a sequence that is here.
@@ -120,24 +124,21 @@ impl<'a> Readings<'a> {
     /// Reads about `budget` tokens: each lane on a thread where they have about as much to read, else one after the other.
     pub fn step(&mut self, budget: usize) -> Step {
         let model = self.model;
-        let used: Vec<Mutex<&mut Reading>> =
-            self.lanes.iter_mut().filter(|lane| !lane.readers.is_empty()).map(Mutex::new).collect();
-        let step = |i: usize, budget: usize| used[i].lock().unwrap_or_else(PoisonError::into_inner).step(model, budget);
-        let unread = used.iter().map(|lane| lane.lock().unwrap_or_else(PoisonError::into_inner).unread());
-        let (unread, share) = (unread.collect::<Vec<usize>>(), budget / used.len().max(1));
-        let pieces: Vec<usize> = unread.iter().map(|&unread| unread.min(share)).collect();
+        let used: Vec<&mut Reading> = self.lanes.iter_mut().filter(|lane| !lane.readers.is_empty()).collect();
+        let share = budget / used.len().max(1);
+        let pieces: Vec<usize> = used.iter().map(|lane| lane.unread().min(share)).collect();
         let (longest, all) = (pieces.iter().max().copied().unwrap_or(0), pieces.iter().sum::<usize>());
-        let steps = if used.len() > 1 && 2 * used.len() * longest <= 3 * all {
-            on_pool(used.len(), |i| step(i, share))
+        let steps: Vec<Step> = if 2 * used.len() * longest <= 3 * all {
+            on_pool(used, |lane| lane.step(model, share))
         } else {
             // What some don't need of their share is the others'.
             let mut left = budget.saturating_sub(all);
-            let mut one = |i: usize| {
-                let more = left.min(unread[i] - pieces[i]);
+            let one = |(lane, piece): (&mut Reading, usize)| {
+                let more = left.min(lane.unread() - piece);
                 left -= more;
-                step(i, pieces[i] + more)
+                lane.step(model, piece + more)
             };
-            (0..used.len()).map(&mut one).collect()
+            used.into_iter().zip(pieces).map(one).collect()
         };
         let mut all = Step::default();
         steps.into_iter().for_each(|step| all.extend(step));

@@ -8,9 +8,10 @@ mod subject;
 
 use self::subject::{Layers, Subject};
 use super::common::{HubArgs, WeightArgs, whole};
-use crate::batching::{lanes::Most, on_pool};
+use crate::batching::lanes::Most;
 use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
+use crate::parallel::on_pool;
 use anyhow::{Context, ensure};
 use m1_kernels::base::pool;
 use m1_model::device::OpenDevice;
@@ -20,7 +21,6 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Tokens of a decode's warm-up.
@@ -306,13 +306,8 @@ impl Bench<'_> {
                 let hidden = model.forward(&batch, Some(cache), &mut Trace::none());
                 if wants_logits { to_host(model.logits(hidden)).map(drop) } else { Ok(()) }
             };
-            if let [cache] = caches {
-                step(cache, &ids[0]).map_err(Halt::Failed)?;
-                continue;
-            }
-            let lanes: Vec<Mutex<&mut Cache>> = caches.iter_mut().map(Mutex::new).collect();
-            let one = |i: usize| step(&mut lanes[i].lock().unwrap_or_else(PoisonError::into_inner), &ids[i]);
-            on_pool(lanes.len(), one).into_iter().collect::<Result<(), _>>().map_err(Halt::Failed)?;
+            let steps = on_pool(caches.iter_mut().zip(&ids), |(cache, ids)| step(cache, ids));
+            steps.into_iter().collect::<Result<(), _>>().map_err(Halt::Failed)?;
         }
         Ok(start.elapsed().as_secs_f64())
     }
