@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use half::f16;
@@ -193,7 +194,11 @@ impl Packed {
         let mut data = Buffer::try_zeroed(bytes).ok_or(memory)?;
         let start = SendPtr(data.bytes_mut().as_mut_ptr());
         let failed = OnceLock::new();
-        pool::run(count * panels, |i| {
+        // Panels in order, whichever thread comes: the pages of a file are let go once all rows of a piece of it are read, and
+        // with shares of their own a thread that waits for its core leaves one half-read piece after the other.
+        let next = AtomicUsize::new(0);
+        pool::run(count * panels, |_| {
+            let i = next.fetch_add(1, Ordering::Relaxed);
             // SAFETY: panel i is this job's alone, and lies inside the buffer.
             let panel = unsafe { std::slice::from_raw_parts_mut(start.get().add(i * panel_bytes), panel_bytes) };
             if failed.get().is_none()
