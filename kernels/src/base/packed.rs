@@ -6,8 +6,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use half::f16;
 
@@ -192,16 +191,14 @@ impl Packed {
         let panel_bytes = format.panel_bytes(input)?.ok_or(memory)?;
         let bytes = count.checked_mul(panels).and_then(|n| n.checked_mul(panel_bytes)).ok_or(memory)?;
         let mut data = Buffer::try_zeroed(bytes).ok_or(memory)?;
-        let start = SendPtr(data.bytes_mut().as_mut_ptr());
         let failed = OnceLock::new();
-        // Panels in order, whichever thread comes: the pages of a file are let go once all rows of a piece of it are read, and
-        // with shares of their own a thread that waits for its core leaves one half-read piece after the other.
-        let next = AtomicUsize::new(0);
+        // One panel after the other, whichever thread comes: the pages of a file are let go once all rows of a piece of it are
+        // read, and with shares of their own a thread that waits for its core leaves one half-read piece after the other.
+        let rest = Mutex::new(data.bytes_mut().chunks_exact_mut(panel_bytes.max(1)).enumerate());
         pool::run(count * panels, |_| {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            // SAFETY: panel i is this job's alone, and lies inside the buffer.
-            let panel = unsafe { std::slice::from_raw_parts_mut(start.get().add(i * panel_bytes), panel_bytes) };
+            let next = rest.lock().unwrap_or_else(PoisonError::into_inner).next();
             if failed.get().is_none()
+                && let Some((i, panel)) = next
                 && let Err(error) = fill(i / panels, i % panels * PANEL, panel)
             {
                 let _ = failed.set(error); // the first one is told

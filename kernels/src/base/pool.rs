@@ -3,10 +3,9 @@
 //! A caller of [`run`] works itself; helpers take chunks beside it. Helpers spin for a moment after a job, because the
 //! next operation of a decode step comes within microseconds, and then sleep. Chunks have a thread that takes them first, the
 //! same in every job, so that what a chunk reads and writes tends to be in that core's cache already; who has done its own takes
-//! those of others. A helper that the system has not
-//! scheduled is never waited for: only one that has begun a chunk is. If the pool is busy (a nested call, or another
-//! thread's job), the caller runs everything itself, and helpers withdraw while there are as many callers as threads: two trainer
-//! threads on two cores get a core each.
+//! those of others. A helper that the system has not scheduled is never waited for: only one that has begun a chunk is. If the
+//! pool is busy (a nested call, or another thread's job), the caller runs everything itself, and helpers withdraw while there are
+//! as many callers as threads: two trainer threads on two cores get a core each.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};

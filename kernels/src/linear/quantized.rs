@@ -53,7 +53,7 @@ impl Quantized {
         let (mut words, mut scales) = (vec![0i32; rows * width], vec![f16::ZERO; rows * blocks]);
         let each = (1usize << 16).div_ceil(input);
         let pieces = words.chunks_mut(each * width).zip(scales.chunks_mut(each * blocks)).enumerate();
-        let pieces = Mutex::new(pieces);
+        let pieces = Mutex::new(pieces); // one after the other, as `Packed` does it and for its reason
         pool::run(rows.div_ceil(each), |_| {
             let piece = pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some((piece, (words, scales))) = piece else { return };
