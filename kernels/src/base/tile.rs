@@ -133,32 +133,54 @@ unsafe fn kinds<V: Vector>(kind: Kind, units: usize, rows: Rows, panels: Panels,
 trait Step {
     /// Words of an activation row per unit.
     const WORDS: usize;
-    /// `acc[r][i] += a[r] · b[i]`; `a[r]` points at the row's words of this unit.
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]);
+    /// `acc[r][i] += a[r] · b[i]`; the row's words of this unit begin at `a[r] + at`, `b` points at two registers.
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32);
 }
 
 struct F32;
 struct Bf16;
 struct WideBf16;
 
+/// Two registers.
+///
+/// # Safety
+/// So many values are there.
+#[inline(always)]
+unsafe fn pair<V: Vector>(b: *const f32) -> [V; 2] {
+    // SAFETY: the caller's.
+    unsafe { [V::load(b), V::load(b.add(V::LANES))] }
+}
+
+/// `acc[r][i] += x[r] · b[i]`, `x[r]` at `a[r] + at`.
+///
+/// # Safety
+/// See [`product`].
+#[inline(always)]
+unsafe fn multiply_add<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+    for r in 0..R {
+        // SAFETY: see `product`.
+        unsafe {
+            let x = V::splat(a[r].add(at));
+            acc[r] = [acc[r][0].fma(x, b[0]), acc[r][1].fma(x, b[1])];
+        }
+    }
+}
+
 impl Step for F32 {
     const WORDS: usize = 1;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
-        for r in 0..R {
-            // SAFETY: see `product`.
-            unsafe {
-                let x = V::splat(a[r].add(at));
-                acc[r] = [acc[r][0].fma(x, b[0]), acc[r][1].fma(x, b[1])];
-            }
-        }
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+        // SAFETY: see `product`.
+        unsafe { multiply_add(acc, a, at, pair(b)) }
     }
 }
 
 impl Step for Bf16 {
     const WORDS: usize = 1;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+        // SAFETY: see `product`.
+        let b: [V; 2] = unsafe { pair(b) };
         for r in 0..R {
             // SAFETY: see `product`.
             unsafe {
@@ -172,12 +194,13 @@ impl Step for Bf16 {
 impl Step for WideBf16 {
     const WORDS: usize = 2;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
-        // One half after the other: both at once are more than the 16 registers of AVX2 hold beside 12 accumulators.
+    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+        // One half after the other, and both read: AVX2's 16 registers hold no more beside 12 accumulators, and what the
+        // compiler keeps from the first time would go through the stack.
         // SAFETY: see `product`.
         unsafe {
-            F32::step(acc, a, at, [b[0].low_bf16(), b[1].low_bf16()]);
-            F32::step(acc, a, at + 1, [b[0].high_bf16(), b[1].high_bf16()]);
+            multiply_add(acc, a, at, pair::<V>(b).map(|b| b.low_bf16()));
+            multiply_add(acc, a, at + 1, pair::<V>(unknown(b)).map(|b| b.high_bf16()));
         }
     }
 }
@@ -194,7 +217,8 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     let strips = target.columns.div_ceil(width);
     // With one group of rows every weight is used once: no blocking, panels are streamed from end to end.
     let block = if groups == 1 { units.max(1) } else { BLOCK };
-    let together = (V::ACCUMULATORS / 2 / tallest).min(4);
+    // Three rows of two strips leave AVX2 no register for the weights: spilled, they take twice as long.
+    let together = if V::LANES == 8 && tallest == 3 { 1 } else { (V::ACCUMULATORS / 2 / tallest).min(4) };
     let mut from = 0;
     loop {
         let count = block.min(units - from);
@@ -224,6 +248,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                 }
                 let mut row = first * each + first.min(larger);
                 let passing = groups.min(first + taken) - first;
+                let coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride);
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let place = Place {
@@ -234,7 +259,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                         stride: target.stride,
                         columns: (target.columns - strip * width).min(n * width),
                         add,
-                        ahead: Ahead::new::<V>(strip, n, group - first, passing, count, b[0], panels.stride),
+                        ahead: coming.ahead(group - first),
                     };
                     tiles::<V, S>(r, n, count, &place, &b);
                     row += r;
@@ -277,43 +302,70 @@ impl Ahead {
     const EVERY: usize = 16;
     /// How far ahead of a stream that is read once, in words.
     const DISTANCE: usize = 512;
+}
 
-    /// For the `turn`-th of `turns` groups of rows that pass by `n` strips from `strip` on, which begin at `from` and are `units`
-    /// long.
+/// What the tiles of some strips fetch, apart from their turn: said once for all groups of rows that pass by, as it takes
+/// divisions.
+struct Coming {
+    /// The panel, if the first group has nobody before it who brought it in.
+    stream: Option<*const f32>,
+    /// The panels that come next, and their lines.
+    next: *const f32,
+    all: usize,
+    /// Tiles that have fetched before the first group.
+    before: usize,
+    /// Lines for each tile: few at once, or so many after every few units.
+    own: usize,
+    lines: usize,
+    units: usize,
+}
+
+impl Coming {
+    /// For `turns` groups of rows that pass by `n` strips from `strip` on, which begin at `from` and are `units` long.
     #[inline(always)]
-    fn new<V: Vector>(
-        strip: usize,
-        n: usize,
-        turn: usize,
-        turns: usize,
-        units: usize,
-        from: *const f32,
-        stride: usize,
-    ) -> Self {
+    fn new<V: Vector>(strip: usize, n: usize, turns: usize, units: usize, from: *const f32, stride: usize) -> Self {
         let (width, column) = (2 * V::LANES, 2 * V::LANES * strip % PANEL);
         let panels = (n * width).div_ceil(PANEL);
-        // Tiles that share a panel: its strips, each as often as there are groups of rows.
-        let (tiles, tile) = ((PANEL / (n * width)).max(1) * turns, column / width * turns + turn);
-        let (start, every) = (from.wrapping_sub(column), Self::EVERY);
-        let lines = PANEL / Self::LINE * every;
-        if V::LANES == 8 && panels == 1 && tile == 0 && (turns == 1 || strip == 0) {
-            // Nobody has brought this panel in: it is a stream, with what comes behind it.
-            return Ahead { start: start.wrapping_add(Self::DISTANCE), lines, every };
-        }
+        let start = from.wrapping_sub(column);
+        let fresh = V::LANES == 8 && panels == 1 && column == 0 && (turns == 1 || strip == 0);
+        let (stream, next) = (fresh.then_some(start), start.wrapping_add(panels * stride));
+        let before = column / width * turns;
         if turns == 1 {
-            return Ahead { start, lines: 0, every };
+            return Coming { stream, next, all: 0, before, own: 0, lines: 0, units };
         }
-        // Each brings its part of the panels that come next.
-        let next = start.wrapping_add(panels * stride);
-        let all = panels * units * PANEL / Self::LINE;
-        let own = all.div_ceil(tiles);
-        if own <= 8 {
-            let lines = own.min(all.saturating_sub(tile * own));
-            return Ahead { start: next.wrapping_add(tile * own * Self::LINE), lines, every: units.max(1) };
-        }
-        let lines = (panels * lines).div_ceil(tiles);
-        Ahead { start: next.wrapping_add(tile * units.div_ceil(every) * lines * Self::LINE), lines, every }
+        // Tiles that share a panel: its strips, each as often as there are groups of rows. Each brings its part.
+        let tiles = (PANEL / (n * width)).max(1) * turns;
+        let all = panels * units * PANEL / Ahead::LINE;
+        let (own, lines) = (all.div_ceil(tiles), (panels * PANEL / Ahead::LINE * Ahead::EVERY).div_ceil(tiles));
+        Coming { stream, next, all, before, own, lines, units }
     }
+
+    /// For the `turn`-th group.
+    #[inline(always)]
+    fn ahead(&self, turn: usize) -> Ahead {
+        let every = Ahead::EVERY;
+        if let (Some(start), 0) = (self.stream, turn) {
+            // A stream, with what comes behind it.
+            let lines = PANEL / Ahead::LINE * every;
+            return Ahead { start: start.wrapping_add(Ahead::DISTANCE), lines, every };
+        }
+        let tile = self.before + turn;
+        if self.own <= 8 {
+            let lines = self.own.min(self.all.saturating_sub(tile * self.own));
+            let start = self.next.wrapping_add(tile * self.own * Ahead::LINE);
+            return Ahead { start, lines, every: self.units.max(1) };
+        }
+        let start = self.next.wrapping_add(tile * self.units.div_ceil(every) * self.lines * Ahead::LINE);
+        Ahead { start, lines: self.lines, every }
+    }
+}
+
+/// The same place, of which the compiler does not know that it has read there.
+#[inline(always)]
+fn unknown(mut at: *const f32) -> *const f32 {
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags)) };
+    at
 }
 
 /// Asks for a cache line, into the second level.
@@ -393,9 +445,7 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
         for from in (0..units).step_by(ahead.every) {
             for u in from..units.min(from + ahead.every) {
                 for n in 0..N {
-                    let p = b[n].add(u * PANEL);
-                    let w = [V::load(p), V::load(p.add(V::LANES))];
-                    S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, w);
+                    S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
                 }
             }
             for line in 0..ahead.lines {
