@@ -9,6 +9,7 @@ macro_rules! note {
     }};
 }
 
+pub mod allocator;
 pub mod assets;
 pub mod batching;
 pub mod chat;

@@ -12,7 +12,8 @@ pub fn keep_freed() {
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        // The other threads' own arenas give memory back whatever this says; allocations are few and large.
+        // The other threads' own arenas give memory back whatever this says. Small blocks, for whose lock the threads would
+        // queue, are another allocator's in the programs.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }

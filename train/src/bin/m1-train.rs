@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: m1_infer::allocator::Allocator = m1_infer::allocator::Allocator;
+
 fn main() -> ExitCode {
     match m1_train::cli::run() {
         Ok(code) => code,
