@@ -19,10 +19,9 @@ fn slopes(heads: usize) -> Vec<f64> {
     (0..heads).map(|h| (-8.0 * (h + 1) as f64 / heads as f64).exp2()).collect()
 }
 
-/// q, k, v as views of one buffer, as the model has them.
-fn views(rows: usize, heads: usize, tokens: usize, dim: usize, device: &Device) -> [Tensor<4>; 3] {
-    let qkv = normal([rows, tokens, heads, 3 * dim], device).swap_dims(1, 2);
-    [0, 1, 2].map(|i| qkv.clone().narrow(3, i * dim, dim))
+/// q, k and v of each head side by side and tokens before heads in memory, as the model has them.
+fn random(rows: usize, heads: usize, tokens: usize, dim: usize, device: &Device) -> Tensor<4> {
+    normal([rows, tokens, heads, 3 * dim], device).swap_dims(1, 2)
 }
 
 /// Operations of the block form: half a block's scores and their sum over the values, the state read and updated.
@@ -31,8 +30,6 @@ fn block_flops(rows: usize, heads: usize, tokens: usize, dim: usize) -> u64 {
 }
 
 type Lightning = fn(
-    Tensor<4>,
-    Tensor<4>,
     Tensor<4>,
     &[f64],
     Option<Tensor<4>>,
@@ -46,13 +43,14 @@ const LIGHTNING: [(&str, Lightning); 2] =
 
 fn lightning_prefill(c: &mut Criterion, rows: usize, heads: usize, tokens: usize, dim: usize) {
     let device = Device::flex();
-    let inputs = LazyCell::new(|| (views(rows, heads, tokens, dim, &device), normal([rows, heads, dim, dim], &device)));
+    let inputs =
+        LazyCell::new(|| (random(rows, heads, tokens, dim, &device), normal([rows, heads, dim, dim], &device)));
     let (s, work) = (slopes(heads), Throughput::Elements(block_flops(rows, heads, tokens, dim)));
     let mut group = group(c, &format!("lightning prefill {rows} × {heads} × {tokens} × {dim}"), work);
     for (name, f) in LIGHTNING {
         group.bench_function(name, |b| {
-            let ([q, k, v], state) = &*inputs;
-            b.iter(|| f(q.clone(), k.clone(), v.clone(), &s, Some(state.clone()), None, None, true));
+            let (qkv, state) = &*inputs;
+            b.iter(|| f(qkv.clone(), &s, Some(state.clone()), None, None, true));
         });
     }
 }
@@ -60,16 +58,16 @@ fn lightning_prefill(c: &mut Criterion, rows: usize, heads: usize, tokens: usize
 fn lightning_training(c: &mut Criterion, rows: usize, heads: usize, tokens: usize, dim: usize) {
     let device = Device::flex().autodiff();
     let inputs = LazyCell::new(|| {
-        let qkv = views(rows, heads, tokens, dim, &device).map(Tensor::require_grad);
+        let qkv = random(rows, heads, tokens, dim, &device).require_grad();
         (qkv, normal([rows, heads, tokens, dim], &device))
     });
     let (s, work) = (slopes(heads), Throughput::Elements(3 * block_flops(rows, heads, tokens, dim)));
     let mut group = group(c, &format!("lightning forward and backward {rows} × {heads} × {tokens} × {dim}"), work);
     for (name, f) in LIGHTNING {
         group.bench_function(name, |b| {
-            let ([q, k, v], weight) = &*inputs;
+            let (qkv, weight) = &*inputs;
             b.iter(|| {
-                let (o, _) = f(q.clone(), k.clone(), v.clone(), &s, None, None, None, false);
+                let (o, _) = f(qkv.clone(), &s, None, None, None, false);
                 (o * weight.clone()).sum().backward()
             });
         });

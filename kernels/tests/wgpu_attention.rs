@@ -56,23 +56,19 @@ const TEXTS: [(usize, usize, usize, usize, bool); 6] = [
 fn lightning_blocks_equal_the_reference() {
     let Some(device) = wgpu() else { return };
     for (rows, heads, tokens, dim, with_state) in TEXTS {
-        // Not contiguous: parts of one tensor, its heads and tokens exchanged, as a layer has them.
-        let qkv = random([rows, tokens, heads, 3 * dim]);
-        let part = |x: &Tensor<4>, i: usize| x.clone().swap_dims(1, 2).narrow(3, i * dim, dim);
-        let there = to(&qkv, &device);
-        assert!(lightning_attention::cube::takes(&part(&there, 0)), "the kernels take heads of {dim}");
+        // Not contiguous: heads and tokens exchanged, as a layer has them.
+        let tokens_first = random([rows, tokens, heads, 3 * dim]);
+        let there = to(&tokens_first, &device).swap_dims(1, 2);
+        let qkv = tokens_first.swap_dims(1, 2);
+        assert!(lightning_attention::cube::takes(&there), "the kernels take heads of {dim}");
         let state = with_state.then(|| random([rows, heads, dim, dim]));
         let slopes = slopes(heads);
         let starts: Vec<usize> = (0..rows).map(|row| 5 + 100 * row).collect();
         let lengths: Vec<usize> = (0..rows).map(|row| tokens - row * tokens / 3).collect();
         let state_there = state.as_ref().map(|state| to(state, &device));
-        let [q, k, v] = [0, 1, 2].map(|i| part(&there, i));
-        let (o, after) = lightning_attention(q, k, v, &slopes, state_there, Some(&starts), Some(&lengths), true);
-        let [q, k, v] = [0, 1, 2].map(|i| part(&qkv, i));
+        let (o, after) = lightning_attention(there, &slopes, state_there, Some(&starts), Some(&lengths), true);
         let (want, want_after) = lightning_attention::reference::lightning_attention(
-            q,
-            k,
-            v,
+            qkv,
             &slopes,
             state,
             Some(&starts),
@@ -92,7 +88,7 @@ fn lightning_blocks_equal_the_reference() {
 fn lightning_gradients_equal_autodiff_of_the_reference() {
     let Some(device) = wgpu() else { return };
     for (rows, heads, tokens, dim, with_state) in TEXTS {
-        let inputs = [0; 3].map(|_| random([rows, heads, tokens, dim]));
+        let qkv = random([rows, heads, tokens, 3 * dim]);
         let state = random([rows, heads, dim, dim]);
         let (weight, state_weight) = (random([rows, heads, tokens, dim]), random([rows, heads, dim, dim]));
         let slopes = slopes(heads);
@@ -100,24 +96,10 @@ fn lightning_gradients_equal_autodiff_of_the_reference() {
         // Gradients of a weighted sum over what counts of o, and over the state.
         let gradients = |device: Device, reference: bool| {
             let leaf = |x: &Tensor<4>| to(x, &device).require_grad();
-            let (q, k, v, first) = (leaf(&inputs[0]), leaf(&inputs[1]), leaf(&inputs[2]), leaf(&state));
-            let arguments = (q.clone(), k.clone(), v.clone(), with_state.then(|| first.clone()));
-            let (o, after) = if reference {
-                let (q, k, v, first) = arguments;
-                lightning_attention::reference::lightning_attention(
-                    q,
-                    k,
-                    v,
-                    &slopes,
-                    first,
-                    None,
-                    Some(&lengths),
-                    with_state,
-                )
-            } else {
-                let (q, k, v, first) = arguments;
-                lightning_attention(q, k, v, &slopes, first, None, Some(&lengths), with_state)
-            };
+            let (qkv, first) = (leaf(&qkv), leaf(&state));
+            let run = if reference { lightning_attention::reference::lightning_attention } else { lightning_attention };
+            let before = with_state.then(|| first.clone());
+            let (o, after) = run(qkv.clone(), &slopes, before, None, Some(&lengths), with_state);
             let mut loss = Tensor::zeros([1], &device);
             for (row, &length) in lengths.iter().enumerate() {
                 let part = |x: Tensor<4>| x.narrow(0, row, 1).narrow(2, 0, length);
@@ -127,8 +109,8 @@ fn lightning_gradients_equal_autodiff_of_the_reference() {
                 loss = loss + (after * to(&state_weight, &device)).sum();
             }
             let mut grads = loss.backward();
-            let mut all: Vec<Tensor<4>> =
-                [q, k, v].iter().map(|x| x.grad_remove(&mut grads).expect("a gradient")).collect();
+            let d_qkv = qkv.grad_remove(&mut grads).expect("a gradient");
+            let mut all: Vec<Tensor<4>> = [0, 1, 2].map(|i| d_qkv.clone().narrow(3, i * dim, dim)).into();
             all.extend(with_state.then(|| first.grad_remove(&mut grads).expect("a gradient")));
             all
         };
@@ -170,10 +152,9 @@ fn lightning_keeps_nan_to_its_row_and_its_future() {
     let Some(device) = wgpu() else { return };
     let (rows, heads, tokens, dim) = (2, 2, 21, 32);
     for bad in 0..3 {
-        let mut inputs = [0; 3].map(|_| random([rows, heads, tokens, dim]));
-        inputs[bad] = inputs[bad].clone().slice_fill([1..2, 0..1, 10..11, 3..4], f32::NAN);
-        let [q, k, v] = inputs.map(|x| to(&x, &device));
-        let (o, state) = lightning_attention(q, k, v, &slopes(heads), None, None, None, true);
+        let column = bad * dim + 3;
+        let qkv = random([rows, heads, tokens, 3 * dim]).slice_fill([1..2, 0..1, 10..11, column..column + 1], f32::NAN);
+        let (o, state) = lightning_attention(to(&qkv, &device), &slopes(heads), None, None, None, true);
         let state = state.expect("wanted");
         let nan = |x: &Tensor<4>| values(x).iter().any(|x| x.is_nan());
         assert!(!nan(&o.clone().narrow(0, 0, 1)) && !nan(&state.clone().narrow(0, 0, 1)), "the other row");
@@ -194,27 +175,17 @@ fn no_tokens_and_no_rows_work() {
     for (rows, tokens) in [(2, 0), (0, 3)] {
         let x = Tensor::<4>::zeros([rows, 2, tokens, 32], &device);
         let state = Tensor::<4>::ones([rows, 2, 32, 32], &device);
-        let (o, after) =
-            lightning_attention(x.clone(), x.clone(), x.clone(), &slopes(2), Some(state.clone()), None, None, true);
+        let qkv = Tensor::<4>::zeros([rows, 2, tokens, 3 * 32], &device);
+        let (o, after) = lightning_attention(qkv, &slopes(2), Some(state.clone()), None, None, true);
         assert_eq!(o.dims(), [rows, 2, tokens, 32]);
         close(&after.expect("wanted"), &state, 0.0, "nothing happened");
         let o = softmax_attention(x.clone(), &[KeyValues { keys: x.clone(), values: x }], 0);
         assert_eq!(o.dims(), [rows, 2, tokens, 32]);
     }
     // A row without tokens beside one with some.
-    let x = random([2, 1, 5, 32]);
-    let state = random([2, 1, 32, 32]);
-    let there = |x: &Tensor<4>| to(x, &device);
-    let (_, after) = lightning_attention(
-        there(&x),
-        there(&x),
-        there(&x),
-        &slopes(1),
-        Some(there(&state)),
-        None,
-        Some(&[5, 0]),
-        true,
-    );
+    let (qkv, state) = (random([2, 1, 5, 3 * 32]), random([2, 1, 32, 32]));
+    let before = Some(to(&state, &device));
+    let (_, after) = lightning_attention(to(&qkv, &device), &slopes(1), before, None, Some(&[5, 0]), true);
     close(&after.expect("wanted").narrow(0, 1, 1), &state.narrow(0, 1, 1), 0.0, "its state");
 }
 

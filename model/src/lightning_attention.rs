@@ -65,15 +65,12 @@ impl LightningAttention {
     fn blocks(&self, qkv: Tensor<2>, gate: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
         // [rows, heads, tokens, 3 · head_dim]: each head's q, k and v lie side by side.
         let qkv = layout.heads(to_f32(silu(qkv)), self.slopes.len());
-        let dim = qkv.dims()[3] / 3;
-        let part = |i: usize| qkv.clone().narrow(3, i * dim, dim);
-        let (q, k, v) = (part(0), part(1), part(2));
         let (starts, lengths) = (Some(layout.starts.as_slice()), layout.uneven());
         let o = match state {
-            None => lightning_attention(q, k, v, &self.slopes, None, starts, lengths, false).0,
+            None => lightning_attention(qkv, &self.slopes, None, starts, lengths, false).0,
             Some(state) => {
                 let before = Some(take(state));
-                let (o, after) = lightning_attention(q, k, v, &self.slopes, before, starts, lengths, true);
+                let (o, after) = lightning_attention(qkv, &self.slopes, before, starts, lengths, true);
                 *state = after.expect("the state was asked for");
                 o
             }

@@ -58,6 +58,11 @@ impl<'a> View<'a> {
         View { stored, start: x.layout().start_offset(), strides }
     }
 
+    /// The same from column `from` on.
+    pub(crate) fn columns(self, from: usize) -> Self {
+        View { start: self.start + from * self.strides[3], ..self }
+    }
+
     /// Tokens `from .. from + count` of `(a, b)` as f32 rows of `dim` values, filled up with zeros to `width`; row i begins at
     /// `to[i * row]`.
     #[allow(clippy::too_many_arguments)]

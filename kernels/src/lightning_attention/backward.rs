@@ -15,20 +15,20 @@ use super::{BlockPlan, LightningAttentionBackend};
 #[derive(Debug)]
 struct BlockBackward;
 
-/// Inputs and plan.
-type Saved<B> = (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, BlockPlan);
+/// `qkv`, state and plan.
+type Saved<B> = (FloatTensor<B>, FloatTensor<B>, BlockPlan);
 
-impl<B: LightningAttentionBackend> Backward<B, 4> for BlockBackward {
+impl<B: LightningAttentionBackend> Backward<B, 2> for BlockBackward {
     type State = Saved<B>;
 
-    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (q, k, v, state, plan) = ops.state;
+        let (qkv, state, plan) = ops.state;
         let has_state = plan.has_state;
-        let (d_o, d_state) = if plan.want_state { unpack::<B>(grad, q.shape()) } else { (grad.clone(), grad) };
-        let (d_q, d_k, d_v, d_state) = B::lightning_block_backward(q, k, v, state, d_o, d_state, plan);
-        let [q, k, v, state] = ops.parents;
-        for (parent, grad) in [(q, d_q), (k, d_k), (v, d_v), (state.filter(|_| has_state), d_state)] {
+        let (d_o, d_state) = if plan.want_state { unpack::<B>(grad, qkv.shape()) } else { (grad.clone(), grad) };
+        let (d_qkv, d_state) = B::lightning_block_backward(qkv, state, d_o, d_state, plan);
+        let [qkv, state] = ops.parents;
+        for (parent, grad) in [(qkv, d_qkv), (state.filter(|_| has_state), d_state)] {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, grad);
             }
@@ -45,9 +45,10 @@ fn pack<B: LightningAttentionBackend>(o: FloatTensor<B>, state: FloatTensor<B>) 
     B::float_cat(vec![flat(B::float_swap_dims(o, 1, 2)), flat(state)], 0)
 }
 
-/// What [`pack`] joined; `shape`: of q.
+/// What [`pack`] joined; `shape`: of `qkv`.
 fn unpack<B: LightningAttentionBackend>(packed: FloatTensor<B>, shape: Shape) -> (FloatTensor<B>, FloatTensor<B>) {
-    let [rows, heads, tokens, dim] = shape.dims();
+    let [rows, heads, tokens, width] = shape.dims();
+    let dim = width / 3;
     let (outputs, all) = (rows * heads * tokens * dim, rows * heads * (tokens + dim) * dim);
     let part = |from: usize, to: usize| B::float_slice(packed.clone(), &[Slice::from(from..to)]);
     let o = B::float_reshape(part(0, outputs), Shape::new([rows, tokens, heads, dim]));
@@ -57,39 +58,35 @@ fn unpack<B: LightningAttentionBackend>(packed: FloatTensor<B>, shape: Shape) ->
 
 impl<B: LightningAttentionBackend, C: CheckpointStrategy> LightningAttentionBackend for Autodiff<B, C> {
     fn lightning_block(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        qkv: FloatTensor<Self>,
         state: FloatTensor<Self>,
         plan: BlockPlan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let shape = q.shape();
+        let shape = qkv.shape();
         let want_state = plan.want_state;
-        let nodes = [q.node(), k.node(), v.node(), state.node()];
-        let (q, k, v, state) = (q.into_primitive(), k.into_primitive(), v.into_primitive(), state.into_primitive());
-        let forward = |q, k, v, state, plan| {
-            let (o, state) = B::lightning_block(q, k, v, state, plan);
+        let nodes = [qkv.node(), state.node()];
+        let (qkv, state) = (qkv.into_primitive(), state.into_primitive());
+        let forward = |qkv, state, plan| {
+            let (o, state) = B::lightning_block(qkv, state, plan);
             if want_state { pack::<B>(o, state) } else { o }
         };
         let output = match BlockBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let output = forward(q.clone(), k.clone(), v.clone(), state.clone(), plan.clone());
-                prep.finish((q, k, v, state, plan), output)
+                let output = forward(qkv.clone(), state.clone(), plan.clone());
+                prep.finish((qkv, state, plan), output)
             }
-            OpsKind::UnTracked(prep) => prep.finish(forward(q, k, v, state, plan)),
+            OpsKind::UnTracked(prep) => prep.finish(forward(qkv, state, plan)),
         };
         if want_state { unpack::<Self>(output, shape) } else { (output.clone(), output) }
     }
 
     fn lightning_block_backward(
-        _q: FloatTensor<Self>,
-        _k: FloatTensor<Self>,
-        _v: FloatTensor<Self>,
+        _qkv: FloatTensor<Self>,
         _state: FloatTensor<Self>,
         _d_o: FloatTensor<Self>,
         _d_state: FloatTensor<Self>,
         _plan: BlockPlan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         panic!("lightning attention has no second derivative")
     }
 

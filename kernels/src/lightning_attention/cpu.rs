@@ -22,12 +22,12 @@ use crate::simd;
 type T = FloatTensor<Flex>;
 
 impl LightningAttentionBackend for Flex {
-    fn lightning_block(q: T, k: T, v: T, state: T, plan: BlockPlan) -> (T, T) {
-        forward(q, k, v, state, &plan)
+    fn lightning_block(qkv: T, state: T, plan: BlockPlan) -> (T, T) {
+        forward(qkv, state, &plan)
     }
 
-    fn lightning_block_backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: BlockPlan) -> (T, T, T, T) {
-        backward(q, k, v, state, d_o, d_state, &plan)
+    fn lightning_block_backward(qkv: T, state: T, d_o: T, d_state: T, plan: BlockPlan) -> (T, T) {
+        backward(qkv, state, d_o, d_state, &plan)
     }
 
     fn lightning_decode(qkv: T, gate: T, state: T, norm: T, slopes: Vec<f64>, eps: f64) -> (T, T) {
@@ -128,9 +128,15 @@ fn ramps() -> ([usize; BLOCK], [usize; BLOCK]) {
     (std::array::from_fn(|i| i), std::array::from_fn(|i| i + 1))
 }
 
-fn forward(q: T, k: T, v: T, state: T, plan: &BlockPlan) -> (T, T) {
-    let [rows, heads, tokens, dim] = q.shape().dims();
-    let (q, k, v) = (forward_strides(q), forward_strides(k), forward_strides(v));
+/// Where q, k and v begin in a line of `3 · dim` values.
+fn parts_of(dim: usize) -> [usize; 3] {
+    [0, dim, 2 * dim]
+}
+
+fn forward(qkv: T, state: T, plan: &BlockPlan) -> (T, T) {
+    let [rows, heads, tokens, dim] = qkv.shape().dims();
+    let dim = dim / 3;
+    let qkv = forward_strides(qkv);
     // What no row has is zero.
     let all = rows * tokens * heads * dim;
     let mut o = if plan.lengths.iter().all(|&n| n == tokens) { arbitrary(all) } else { vec![0.0; all] };
@@ -140,7 +146,7 @@ fn forward(q: T, k: T, v: T, state: T, plan: &BlockPlan) -> (T, T) {
         (false, false) => tensor(Vec::new(), [0, heads, dim, dim]),
     };
     {
-        let (q, k, v) = (View::new(&q), View::new(&k), View::new(&v));
+        let [q, k, v] = parts_of(dim).map(|from| View::new(&qkv).columns(from));
         let decays: Vec<Decay> = plan.slopes.iter().map(|&slope| Decay::new(slope)).collect();
         let level = level();
         let o = SendPtr(o.as_mut_ptr());
@@ -243,24 +249,26 @@ fn narrow(from: &[f32], width: usize, dim: usize, to: &mut [f32]) {
 /// G ← λ^m·G + Σ_i λ^i·q_iᵀ·d_o_i
 /// ```
 /// A first walk forward keeps every block's `Sᵀ` (as much memory as k at `BLOCK` = head_dim), a second one goes back.
-fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) -> (T, T, T, T) {
-    let [rows, heads, tokens, dim] = q.shape().dims();
+fn backward(qkv: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) -> (T, T) {
+    let [rows, heads, tokens, dim] = qkv.shape().dims();
+    let dim = dim / 3;
     let width = padded(dim);
-    let [q, k, v, d_o] = [q, k, v, d_o].map(forward_strides);
+    let [qkv, d_o] = [qkv, d_o].map(forward_strides);
     let state = if plan.has_state { whole(state) } else { state };
     let d_state = if plan.want_state { whole(d_state) } else { d_state };
-    let all = rows * tokens * heads * dim;
+    let all = rows * tokens * heads * 3 * dim;
     let full = plan.lengths.iter().all(|&n| n == tokens); // what no row has is zero
-    let mut grads: [Vec<f32>; 3] = std::array::from_fn(|_| if full { arbitrary(all) } else { vec![0.0; all] });
+    let mut grad = if full { arbitrary(all) } else { vec![0.0; all] };
     let mut grad_state = vec![0.0_f32; if plan.has_state { rows * heads * dim * dim } else { 0 }];
     {
-        let [q, k, v, d_o] = [&q, &k, &v, &d_o].map(View::new);
+        let [q, k, v] = parts_of(dim).map(|from| View::new(&qkv).columns(from));
+        let d_o = View::new(&d_o);
         let state_of = |x: &FlexTensor, has: bool| if has { x.storage::<f32>().as_ptr() } else { std::ptr::null() };
         let before = SendPtr(state_of(&state, plan.has_state).cast_mut());
         let after = SendPtr(state_of(&d_state, plan.want_state).cast_mut());
         let decays: Vec<Decay> = plan.slopes.iter().map(|&slope| Decay::new(slope)).collect();
         let level = level();
-        let outputs = grads.each_mut().map(|x| SendPtr(x.as_mut_ptr()));
+        let grad = SendPtr(grad.as_mut_ptr());
         let grad_state = SendPtr(grad_state.as_mut_ptr());
         pool::run(rows * heads, |task| {
             let (row, head) = (task / heads, task % heads);
@@ -312,12 +320,13 @@ fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) ->
                     if has_g {
                         transpose(level, dim, dim, g, width, gt, width);
                     }
-                    let store = |out: &[f32], to: SendPtr<f32>| {
+                    let [of_q, of_k, of_v] = parts_of(dim);
+                    let store = |out: &[f32], part: usize| {
                         for (i, line) in out.chunks_exact(width).take(m).enumerate() {
-                            let at = ((row * tokens + block.start + i) * heads + head) * dim;
-                            // SAFETY: each gradient holds `rows · tokens · heads` such lines, and this task alone writes
-                            // those of its row and head.
-                            unsafe { std::slice::from_raw_parts_mut(to.get().add(at), dim) }
+                            let at = ((row * tokens + block.start + i) * heads + head) * 3 * dim + part;
+                            // SAFETY: the gradient holds `rows · tokens · heads` lines of three such parts, and this task
+                            // alone writes those of its row and head.
+                            unsafe { std::slice::from_raw_parts_mut(grad.get().add(at), dim) }
                                 .copy_from_slice(&line[..dim]);
                         }
                     };
@@ -340,10 +349,9 @@ fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) ->
                     }
                     let left = Left { data: w, row: BLOCK, step: 1 };
                     product(level, inside, Limits::To(&to), left, Right { data: ks, row: width }, init, out, width);
-                    store(out, outputs[0]);
+                    store(out, of_q);
 
-                    for (own, g, weights, others, output) in
-                        [(&*vs, &*gt, &*w, &*qs, outputs[1]), (&*ks, &*g, &*p, &*ds, outputs[2])]
+                    for (own, g, weights, others, part) in [(&*vs, &*gt, &*w, &*qs, of_k), (&*ks, &*g, &*p, &*ds, of_v)]
                     {
                         let mut init = Init::Zero;
                         if has_g {
@@ -354,7 +362,7 @@ fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) ->
                         let left = Left { data: weights, row: 1, step: BLOCK };
                         let right = Right { data: others, row: width };
                         product(level, inside, Limits::From(&from), left, right, init, out, width);
-                        store(out, output);
+                        store(out, part);
                     }
 
                     if plan.has_state || i > 0 {
@@ -380,7 +388,7 @@ fn backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: &BlockPlan) ->
             });
         });
     }
-    let [d_q, d_k, d_v] = grads.map(|x| swapped(tensor(x, [rows, tokens, heads, dim])));
-    let grad_state = if plan.has_state { tensor(grad_state, [rows, heads, dim, dim]) } else { d_q.clone() };
-    (d_q, d_k, d_v, grad_state)
+    let d_qkv = swapped(tensor(grad, [rows, tokens, heads, 3 * dim]));
+    let grad_state = if plan.has_state { tensor(grad_state, [rows, heads, dim, dim]) } else { d_qkv.clone() };
+    (d_qkv, grad_state)
 }

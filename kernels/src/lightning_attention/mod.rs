@@ -52,29 +52,25 @@ pub struct BlockPlan {
 /// The fast paths; all tensors are f32, of any strides.
 #[backend_extension(Cube: cfg(any(feature = "wgpu", feature = "cuda")), Flex, Autodiff)]
 pub trait LightningAttentionBackend: Backend {
-    /// `q`, `k`, `v` `[rows, heads, tokens, dim]`; `state` `[rows, heads, dim, dim]` (any tensor when the plan has none).
+    /// `qkv` `[rows, heads, tokens, 3 · dim]`; `state` `[rows, heads, dim, dim]` (any tensor when the plan has none).
     ///
     /// Returns `o [rows, heads, tokens, dim]` (zero behind a row's length) and the state (`o` again when it isn't wanted).
     fn lightning_block(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        qkv: FloatTensor<Self>,
         state: FloatTensor<Self>,
         plan: BlockPlan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Gradients of [`LightningAttentionBackend::lightning_block`] towards q, k, v and state, given those towards `o` and
+    /// Gradients of [`LightningAttentionBackend::lightning_block`] towards `qkv` and state, given those towards `o` and
     /// towards the state (any tensor when the plan wants none). What lies behind a row's length gets zero.
     /// Without a state in the plan the last gradient is any tensor.
     fn lightning_block_backward(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
+        qkv: FloatTensor<Self>,
         state: FloatTensor<Self>,
         d_o: FloatTensor<Self>,
         d_state: FloatTensor<Self>,
         plan: BlockPlan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// See [`decode`]. `norm [heads · dim]`; the state is written in place when nobody else holds it. Not differentiable.
     fn lightning_decode(
@@ -89,7 +85,8 @@ pub trait LightningAttentionBackend: Backend {
 
 /// Runs rows of tokens through one layer's recurrence.
 ///
-/// - `q`, `k`, `v`: `[rows, heads, tokens, head_dim]`, f32, already activated; no scale is applied. Any strides.
+/// - `qkv`: `[rows, heads, tokens, 3 · head_dim]`, f32, already activated, q, k and v of a head side by side as its
+///   projection makes them: so its gradient is one tensor too, written once. No scale is applied. Any strides.
 /// - `slopes`: one positive decay slope per head (per token, natural exponent).
 /// - `state`: `[rows, heads, d_k, d_v]`, f32, before the first token; `None` is zero and costs nothing.
 /// - `starts`: absolute position of each row's first token, `None` for 0 everywhere. It decides where blocks end, not
@@ -102,29 +99,27 @@ pub trait LightningAttentionBackend: Backend {
 /// `[rows, tokens, heads, head_dim]` in memory, so that joining its heads costs nothing.
 ///
 /// # Panics
-/// If `slopes`, `starts` or `lengths` are not as many as heads or rows, or a length exceeds the tokens.
-#[allow(clippy::too_many_arguments)]
+/// If `qkv` is not three parts wide, `slopes`, `starts` or `lengths` are not as many as heads or rows, or a length exceeds
+/// the tokens.
 pub fn lightning_attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
+    qkv: Tensor<4>,
     slopes: &[f64],
     state: Option<Tensor<4>>,
     starts: Option<&[usize]>,
     lengths: Option<&[usize]>,
     want_state: bool,
 ) -> (Tensor<4>, Option<Tensor<4>>) {
-    let [rows, heads, tokens, _] = q.dims();
+    let [rows, heads, tokens, width] = qkv.dims();
+    assert!(width.is_multiple_of(3), "q, k and v of every head");
     assert_eq!(slopes.len(), heads, "one slope per head");
     assert!(starts.is_none_or(|starts| starts.len() == rows), "one start per row");
     assert!(
         lengths.is_none_or(|lengths| lengths.len() == rows && lengths.iter().all(|&n| n <= tokens)),
         "one length per row, of at most {tokens} tokens"
     );
-    let f32s = [&q, &k, &v].iter().all(|x| x.dtype() == DType::F32)
-        && state.as_ref().is_none_or(|state| state.dtype() == DType::F32);
-    if !(f32s && on_cpu(&q) || on_cube(&q, &k, &v, state.as_ref())) {
-        return reference::lightning_attention(q, k, v, slopes, state, starts, lengths, want_state);
+    let f32s = qkv.dtype() == DType::F32 && state.as_ref().is_none_or(|state| state.dtype() == DType::F32);
+    if !(f32s && on_cpu(&qkv) || on_cube(&qkv, state.as_ref())) {
+        return reference::lightning_attention(qkv, slopes, state, starts, lengths, want_state);
     }
     let plan = BlockPlan {
         slopes: slopes.to_vec(),
@@ -133,19 +128,18 @@ pub fn lightning_attention(
         has_state: state.is_some(),
         want_state,
     };
-    let state = state.unwrap_or_else(|| q.clone());
-    let (o, state) =
-        Dispatch::lightning_block(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), state.into_dispatch(), plan);
+    let state = state.unwrap_or_else(|| qkv.clone());
+    let (o, state) = Dispatch::lightning_block(qkv.into_dispatch(), state.into_dispatch(), plan);
     (Tensor::from_dispatch(o), want_state.then(|| Tensor::from_dispatch(state)))
 }
 
 /// Whether the CubeCL kernels take these tensors.
-fn on_cube(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, state: Option<&Tensor<4>>) -> bool {
+fn on_cube(qkv: &Tensor<4>, state: Option<&Tensor<4>>) -> bool {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    return [q, k, v].into_iter().all(cube::takes) && state.is_none_or(|state| state.dtype() == DType::F32);
+    return cube::takes(qkv) && state.is_none_or(|state| state.dtype() == DType::F32);
     #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
     {
-        let _ = (q, k, v, state);
+        let _ = (qkv, state);
         false
     }
 }

@@ -6,21 +6,19 @@ use super::BLOCK;
 use crate::cast;
 
 /// See [`super::lightning_attention`].
-#[allow(clippy::too_many_arguments)]
 pub fn lightning_attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
+    qkv: Tensor<4>,
     slopes: &[f64],
     mut state: Option<Tensor<4>>,
     starts: Option<&[usize]>,
     lengths: Option<&[usize]>,
     want_state: bool,
 ) -> (Tensor<4>, Option<Tensor<4>>) {
-    let [rows, heads, tokens, _] = q.dims();
-    let device = q.device();
+    let [rows, heads, tokens, dim] = qkv.dims();
+    let dim = dim / 3;
+    let [q, k, v] = [0, dim, 2 * dim].map(|from| qkv.clone().narrow(3, from, dim));
+    let device = qkv.device();
     if rows == 0 || tokens == 0 {
-        let [_, _, _, dim] = v.dims();
         let state = want_state.then(|| state.unwrap_or_else(|| Tensor::zeros([rows, heads, dim, dim], &device)));
         return (v, state);
     }
@@ -89,9 +87,8 @@ pub fn decode(
 ) -> (Tensor<2>, Tensor<4>) {
     let [rows, heads, dim, _] = state.dims();
     let dtype = qkv.dtype();
-    let qkv = cast(activation::silu(qkv), DType::F32).reshape([rows, heads, 3, dim]);
-    let part = |i: usize| qkv.clone().narrow(2, i, 1);
-    let (o, state) = lightning_attention(part(0), part(1), part(2), slopes, Some(state), None, None, true);
+    let qkv = cast(activation::silu(qkv), DType::F32).reshape([rows, heads, 1, 3 * dim]);
+    let (o, state) = lightning_attention(qkv, slopes, Some(state), None, None, true);
     let o = o.reshape([rows, heads * dim]);
     let scale = o.clone().square().mean_dim(1).add_scalar(eps).sqrt().recip();
     let o = o * scale * cast(norm, DType::F32).unsqueeze();
@@ -144,12 +141,10 @@ mod tests {
 
     use super::{BLOCK, lightning_attention};
 
-    type Rows = (Tensor<4>, Tensor<4>, Tensor<4>);
-
-    fn random(rows: usize, heads: usize, tokens: usize, dim: usize) -> Rows {
+    /// q, k and v.
+    fn random(rows: usize, heads: usize, tokens: usize, dim: usize) -> [Tensor<4>; 3] {
         let device = Device::flex();
-        let draw = || Tensor::random([rows, heads, tokens, dim], Distribution::Normal(0.0, 1.0), &device);
-        (draw(), draw(), draw())
+        [0; 3].map(|_| Tensor::random([rows, heads, tokens, dim], Distribution::Normal(0.0, 1.0), &device))
     }
 
     /// The recurrence of SPEC §2 in f64, token by token: outputs and the state, row-major.
@@ -179,20 +174,13 @@ mod tests {
         let slopes = [0.917, 0.01, 0.3];
         for tokens in [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 37] {
             let (rows, dim) = (2, 5);
-            let (q, k, v) = random(rows, slopes.len(), tokens, dim);
+            let [q, k, v] = random(rows, slopes.len(), tokens, dim);
             let initial =
                 Tensor::<4>::random([rows, slopes.len(), dim, dim], Distribution::Normal(0.0, 1.0), &q.device());
             let lengths = [tokens, tokens / 2];
-            let (o, state) = lightning_attention(
-                q.clone(),
-                k.clone(),
-                v.clone(),
-                &slopes,
-                Some(initial.clone()),
-                Some(&[3, 3]),
-                Some(&lengths),
-                true,
-            );
+            let qkv = Tensor::cat(vec![q.clone(), k.clone(), v.clone()], 3);
+            let before = Some(initial.clone());
+            let (o, state) = lightning_attention(qkv, &slopes, before, Some(&[3, 3]), Some(&lengths), true);
             let host = |x: Tensor<4>| x.try_into_vec_as::<f32>().unwrap();
             let (q, k, v, o) = (host(q), host(k), host(v), host(o));
             let (initial, state) = (host(initial), host(state.unwrap()));

@@ -6,16 +6,13 @@ use super::{BLOCK, decode, lightning_attention, reference};
 use crate::base::pool::with_threads;
 use crate::base::simd::{levels, with_level};
 
-type Rows = [Tensor<4>; 3];
-
 fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
 }
 
-/// q, k, v as the model has them: views of one buffer, each head's parts side by side.
-fn views(rows: usize, heads: usize, tokens: usize, dim: usize, device: &Device) -> Rows {
-    let qkv = normal([rows, tokens, heads, 3 * dim], device).swap_dims(1, 2);
-    [0, 1, 2].map(|i| qkv.clone().narrow(3, i * dim, dim))
+/// q, k and v as the model has them: tokens before heads in memory.
+fn random(rows: usize, heads: usize, tokens: usize, dim: usize, device: &Device) -> Tensor<4> {
+    normal([rows, tokens, heads, 3 * dim], device).swap_dims(1, 2)
 }
 
 fn slopes(heads: usize) -> Vec<f64> {
@@ -64,15 +61,13 @@ fn blocks_equal_the_reference() {
         {
             for (has_state, want_state) in [(false, false), (true, true), (true, false), (false, true)] {
                 let (rows, heads) = (3, 2);
-                let [q, k, v] = views(rows, heads, tokens, dim, &device);
+                let qkv = random(rows, heads, tokens, dim, &device);
                 let state = has_state.then(|| normal([rows, heads, dim, dim], &device));
                 let starts = [0, 5, 3 * BLOCK + 60];
                 let lengths = [tokens, tokens / 2, tokens - 1];
                 let call = |fast: bool| {
                     let run = if fast { lightning_attention } else { reference::lightning_attention };
-                    let (q, k, v) = (q.clone(), k.clone(), v.clone());
-                    let slopes = slopes(heads);
-                    run(q, k, v, &slopes, state.clone(), Some(&starts), Some(&lengths), want_state)
+                    run(qkv.clone(), &slopes(heads), state.clone(), Some(&starts), Some(&lengths), want_state)
                 };
                 let (o, after) = with_level(level, || call(true));
                 let (expected, expected_after) = call(false);
@@ -91,18 +86,20 @@ fn blocks_equal_the_reference() {
 fn strides_of_any_kind() {
     let device = Device::flex();
     let (rows, heads, tokens, dim) = (2, 3, 70, 16);
-    let across = normal([dim, heads, rows, tokens], &device).permute([2, 1, 3, 0]);
-    let flipped = normal([rows, heads, tokens, dim], &device).flip([2]);
-    let [v, ..] = views(rows, heads, tokens, dim, &device);
+    let across = normal([3 * dim, heads, rows, tokens], &device).permute([2, 1, 3, 0]);
+    let flipped = normal([rows, heads, tokens, 3 * dim], &device).flip([2]);
+    let inside = normal([rows, heads, tokens + 2, 3 * dim + 4], &device).narrow(2, 1, tokens).narrow(3, 3, 3 * dim);
     let state = normal([dim, rows, heads, dim], &device).permute([1, 2, 0, 3]);
     let s = slopes(heads);
-    let call = |run: fn(_, _, _, &[f64], _, _, _, _) -> _| -> (Tensor<4>, Option<Tensor<4>>) {
-        run(across.clone(), flipped.clone(), v.clone(), &s, Some(state.clone()), None, None, true)
-    };
-    let (o, after) = call(lightning_attention);
-    let (expected, expected_after) = call(reference::lightning_attention);
-    close("o", &o, &expected);
-    close("state", &after.unwrap(), &expected_after.unwrap());
+    for (what, qkv) in [("across", across), ("flipped", flipped), ("inside", inside)] {
+        let call = |run: fn(_, &[f64], _, _, _, _) -> _| -> (Tensor<4>, Option<Tensor<4>>) {
+            run(qkv.clone(), &s, Some(state.clone()), None, None, true)
+        };
+        let (o, after) = call(lightning_attention);
+        let (expected, expected_after) = call(reference::lightning_attention);
+        close(what, &o, &expected);
+        close(what, &after.unwrap(), &expected_after.unwrap());
+    }
 }
 
 #[test]
@@ -111,29 +108,18 @@ fn a_text_cut_at_blocks_gives_the_bits_of_the_text_in_one_piece() {
     for level in levels() {
         with_level(level, || {
             let (rows, heads, tokens, dim) = (2, 3, 3 * BLOCK + 20, 40);
-            let [q, k, v] = views(rows, heads, tokens, dim, &device);
+            let qkv = random(rows, heads, tokens, dim, &device);
             let initial = normal([rows, heads, dim, dim], &device);
             let s = slopes(heads);
             // The call begins in the middle of a block.
             let begin = 5 * BLOCK - 11;
-            let whole = lightning_attention(
-                q.clone(),
-                k.clone(),
-                v.clone(),
-                &s,
-                Some(initial.clone()),
-                Some(&[begin; 2]),
-                None,
-                true,
-            );
+            let whole = lightning_attention(qkv.clone(), &s, Some(initial.clone()), Some(&[begin; 2]), None, true);
             for cut in [11, 11 + BLOCK, 11 + 3 * BLOCK] {
                 let mut state = Some(initial.clone());
                 let mut parts = Vec::new();
                 for (from, to) in [(0, cut), (cut, tokens)] {
-                    let part = |x: &Tensor<4>| x.clone().narrow(2, from, to - from);
-                    let starts = [begin + from; 2];
-                    let (o, after) =
-                        lightning_attention(part(&q), part(&k), part(&v), &s, state, Some(&starts), None, true);
+                    let (part, starts) = (qkv.clone().narrow(2, from, to - from), [begin + from; 2]);
+                    let (o, after) = lightning_attention(part, &s, state, Some(&starts), None, true);
                     parts.push(o);
                     state = after;
                 }
@@ -148,13 +134,13 @@ fn a_text_cut_at_blocks_gives_the_bits_of_the_text_in_one_piece() {
 fn a_row_has_the_same_bits_alone_and_on_any_number_of_threads() {
     let device = Device::flex();
     let (rows, heads, tokens, dim) = (3, 2, BLOCK + 9, 24);
-    let [q, k, v] = views(rows, heads, tokens, dim, &device);
+    let qkv = random(rows, heads, tokens, dim, &device);
     let state = normal([rows, heads, dim, dim], &device);
     let (s, starts, lengths) = (slopes(heads), [7, 0, 90], [tokens, 40, tokens - 3]);
     let all = |threads: usize| {
         with_threads(threads, || {
             let state = Some(state.clone());
-            lightning_attention(q.clone(), k.clone(), v.clone(), &s, state, Some(&starts), Some(&lengths), true)
+            lightning_attention(qkv.clone(), &s, state, Some(&starts), Some(&lengths), true)
         })
     };
     let (o, after) = all(1);
@@ -165,8 +151,7 @@ fn a_row_has_the_same_bits_alone_and_on_any_number_of_threads() {
         let n = lengths[row];
         let own = |x: &Tensor<4>| x.clone().narrow(0, row, 1);
         let cut = |x: &Tensor<4>| own(x).narrow(2, 0, n);
-        let (alone, state) =
-            lightning_attention(cut(&q), cut(&k), cut(&v), &s, Some(own(&state)), Some(&[starts[row]]), None, true);
+        let (alone, state) = lightning_attention(cut(&qkv), &s, Some(own(&state)), Some(&[starts[row]]), None, true);
         assert_eq!(bits(&alone), bits(&cut(&o)), "row {row}");
         assert_eq!(bits(&state.unwrap()), bits(&own(&after)), "row {row}");
     }
@@ -178,12 +163,12 @@ fn nan_stays_in_its_row_and_behind_its_token() {
     let (rows, heads, tokens, dim) = (2, 2, BLOCK + 40, 32);
     for which in 0..3 {
         for at in [0, 50, BLOCK - 1, BLOCK + 3] {
-            let mut rows3 = views(rows, heads, tokens, dim, &device);
-            let clean = rows3.clone();
+            let clean = random(rows, heads, tokens, dim, &device);
             let nan = Tensor::full([1, heads, 1, dim], f32::NAN, &device);
-            rows3[which] = rows3[which].clone().slice_assign([1..2, 0..heads, at..at + 1, 0..dim], nan);
-            let run = |[q, k, v]: Rows| lightning_attention(q, k, v, &slopes(heads), None, None, None, true);
-            let ((o, state), (expected, expected_state)) = (run(rows3), run(clean));
+            let columns = which * dim..(which + 1) * dim;
+            let broken = clean.clone().slice_assign([1..2, 0..heads, at..at + 1, columns], nan);
+            let run = |qkv| lightning_attention(qkv, &slopes(heads), None, None, None, true);
+            let ((o, state), (expected, expected_state)) = (run(broken), run(clean));
             let row = |x: &Tensor<4>, i: usize| x.clone().narrow(0, i, 1);
             assert_eq!(bits(&row(&o, 0)), bits(&row(&expected, 0)));
             assert_eq!(bits(&row(state.as_ref().unwrap(), 0)), bits(&row(expected_state.as_ref().unwrap(), 0)));
@@ -204,16 +189,16 @@ fn nan_stays_in_its_row_and_behind_its_token() {
 #[allow(clippy::single_range_in_vec_init)] // one range for one dimension
 fn a_row_without_tokens_keeps_its_state() {
     let device = Device::flex();
-    let [q, k, v] = views(2, 2, 9, 16, &device);
+    let qkv = random(2, 2, 9, 16, &device);
     let state = normal([2, 2, 16, 16], &device);
-    let (_, after) = lightning_attention(q, k, v, &slopes(2), Some(state.clone()), None, Some(&[0, 9]), true);
+    let (_, after) = lightning_attention(qkv, &slopes(2), Some(state.clone()), None, Some(&[0, 9]), true);
     let after = after.unwrap();
     assert_eq!(bits(&after.clone().narrow(0, 0, 1)), bits(&state.clone().narrow(0, 0, 1)));
     assert_ne!(bits(&after.narrow(0, 1, 1)), bits(&state.clone().narrow(0, 1, 1)));
     for (rows, tokens) in [(0, 4), (2, 0), (0, 0)] {
-        let x = || Tensor::<4>::zeros([rows, 2, tokens, 16], &device);
+        let qkv = Tensor::<4>::zeros([rows, 2, tokens, 3 * 16], &device);
         let kept = state.clone().narrow(0, 0, 2).slice([0..rows]);
-        let (o, after) = lightning_attention(x(), x(), x(), &slopes(2), Some(kept.clone()), None, None, true);
+        let (o, after) = lightning_attention(qkv, &slopes(2), Some(kept.clone()), None, None, true);
         assert_eq!(o.dims(), [rows, 2, tokens, 16]);
         assert_eq!(bits(&after.unwrap()), bits(&kept));
     }
@@ -233,12 +218,10 @@ fn gradients_equal_those_of_the_reference() {
                     (normal([rows, heads, tokens, dim], &device), normal([rows, heads, dim, dim], &device));
                 let (starts, lengths) = ([0, 17], [tokens, tokens.div_ceil(2)]);
                 let grads = |fast: bool| {
-                    let part = |i: usize| qkv.clone().narrow(3, i * dim, dim);
                     let run = if fast { lightning_attention } else { reference::lightning_attention };
                     let before = has_state.then(|| state.clone());
-                    let s = slopes(heads);
                     let (o, after) =
-                        run(part(0), part(1), part(2), &s, before, Some(&starts), Some(&lengths), want_state);
+                        run(qkv.clone(), &slopes(heads), before, Some(&starts), Some(&lengths), want_state);
                     let mut loss = (masked(o, &lengths) * weight_o.clone()).sum();
                     if let Some(after) = after {
                         loss = loss + (after * weight_s.clone()).sum();

@@ -1,6 +1,6 @@
 //! CubeCL: one source for CUDA and wgpu.
 //!
-//! q, k and v may be f32, f16 or bf16, of any strides; `o`, sums and states are f32. Products of f32 stay f32; those of
+//! `qkv` may be f32, f16 or bf16, of any strides; `o`, sums and states are f32. Products of f32 stay f32; those of
 //! f16 and bf16 go to the tensor cores where the device has them for bf16, whose range a state and a gradient need.
 //! Forward: one launch. Backward: three of the same kernel. Decode: one or two.
 
@@ -8,8 +8,9 @@ pub mod decode;
 pub mod scan;
 
 use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Slice, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
@@ -23,11 +24,11 @@ use crate::base::cube::{
 };
 
 /// Whether the kernels take these: on a cube device, in f32, f16 or bf16, with tiles for this size of head that fit.
-pub fn takes(q: &Tensor<4>) -> bool {
-    let [rows, heads, _, dim] = q.dims();
-    stored(q.dtype())
+pub fn takes(qkv: &Tensor<4>) -> bool {
+    let [rows, heads, _, width] = qkv.dims();
+    stored(qkv.dtype())
         && rows.max(heads) <= u16::MAX as usize
-        && limits(q).is_some_and(|limits| Scan::fitting(&limits, dim, false, Direction::Forward).is_some())
+        && limits(qkv).is_some_and(|limits| Scan::fitting(&limits, width / 3, false, Direction::Forward).is_some())
 }
 
 /// Whether the decode kernels take these; see [`super::decode`].
@@ -115,28 +116,41 @@ fn zeros(like: &CubeTensor, shape: &[usize]) -> CubeTensor {
 
 type T = FloatTensor<CubeBackend>;
 
+/// q, k and v out of `[rows, heads, tokens, 3 · dim]`.
+fn parts(qkv: T) -> [T; 3] {
+    let dim = qkv.meta.shape()[3] / 3;
+    [0, dim, 2 * dim].map(|from| {
+        let all = Slice::full();
+        CubeBackend::float_slice(qkv.clone(), &[all, all, all, Slice::from(from..from + dim)])
+    })
+}
+
 impl LightningAttentionBackend for CubeBackend {
-    fn lightning_block(q: T, k: T, v: T, state: T, plan: BlockPlan) -> (T, T) {
-        let [rows, heads, tokens, dim] = q.meta.shape().dims::<4>();
+    fn lightning_block(qkv: T, state: T, plan: BlockPlan) -> (T, T) {
+        let [rows, heads, tokens, width] = qkv.meta.shape().dims::<4>();
+        let dim = width / 3;
         let before = plan.has_state.then_some(state);
         if rows * heads * tokens * dim == 0 {
-            let o = empty(&q, &[rows, heads, tokens, dim], DType::F32);
-            let state = before.unwrap_or_else(|| zeros(&q, &[rows, heads, dim, dim]));
+            let o = empty(&qkv, &[rows, heads, tokens, dim], DType::F32);
+            let state = before.unwrap_or_else(|| zeros(&qkv, &[rows, heads, dim, dim]));
             return (o, state);
         }
-        let words = words(&q, &plan_words(&plan));
+        let words = words(&qkv, &plan_words(&plan));
+        let [q, k, v] = parts(qkv);
         let (o, state) = pass([&q, &k, &v], &words, before, plan.want_state, Direction::Forward, DType::F32);
         let state = state.unwrap_or_else(|| o.clone());
         (o, state)
     }
 
-    fn lightning_block_backward(q: T, k: T, v: T, state: T, d_o: T, d_state: T, plan: BlockPlan) -> (T, T, T, T) {
-        let [rows, heads, tokens, dim] = q.meta.shape().dims::<4>();
+    fn lightning_block_backward(qkv: T, state: T, d_o: T, d_state: T, plan: BlockPlan) -> (T, T) {
+        let [rows, heads, tokens, width] = qkv.meta.shape().dims::<4>();
+        let dim = width / 3;
         if rows * heads * tokens * dim == 0 {
-            let d_state = if plan.want_state { d_state } else { zeros(&q, &[rows, heads, dim, dim]) };
-            return (q, k, v, d_state);
+            let d_state = if plan.want_state { d_state } else { zeros(&qkv, &[rows, heads, dim, dim]) };
+            return (qkv, d_state);
         }
-        let words = words(&q, &plan_words(&plan));
+        let words = words(&qkv, &plan_words(&plan));
+        let [q, k, v] = parts(qkv);
         let before = plan.has_state.then(|| swapped(state, 2, 3));
         let d_state = plan.want_state.then_some(d_state);
         let turned = d_state.clone().map(|d_state| swapped(d_state, 2, 3));
@@ -144,7 +158,9 @@ impl LightningAttentionBackend for CubeBackend {
         let (d_k, _) = pass([&v, &d_o, &q], &words, turned, false, Direction::Backward, k.dtype);
         let (d_v, d_first) = pass([&k, &q, &d_o], &words, d_state, plan.has_state, Direction::Backward, v.dtype);
         let d_first = d_first.unwrap_or_else(|| d_v.clone());
-        (d_q, d_k, d_v, d_first)
+        // Joined as they lie in memory, tokens first.
+        let d_qkv = Self::float_cat([d_q, d_k, d_v].map(|x| swapped(x, 1, 2)).into(), 3);
+        (swapped(d_qkv, 1, 2), d_first)
     }
 
     fn lightning_decode(qkv: T, gate: T, state: T, norm: T, slopes: Vec<f64>, eps: f64) -> (T, T) {
