@@ -217,8 +217,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     let strips = target.columns.div_ceil(width);
     // With one group of rows every weight is used once: no blocking, panels are streamed from end to end.
     let block = if groups == 1 { units.max(1) } else { BLOCK };
-    // Three rows of two strips leave AVX2 no register for the weights: spilled, they take twice as long.
-    let together = if V::LANES == 8 && tallest == 3 { 1 } else { (V::ACCUMULATORS / 2 / tallest).min(4) };
+    let together = (V::ACCUMULATORS / 2 / tallest).min(4);
     let mut from = 0;
     loop {
         let count = block.min(units - from);
@@ -445,6 +444,8 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
         for from in (0..units).step_by(ahead.every) {
             for u in from..units.min(from + ahead.every) {
                 for n in 0..N {
+                    // Rows that are kept for the next strip leave AVX2 no register for its weights: they are read again.
+                    let a = if V::LANES == 8 && R == 3 && n > 0 { a.map(unknown) } else { a };
                     S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
                 }
             }
