@@ -2,40 +2,96 @@
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::memory::settle;
 
-/// From this size on, a buffer is aligned to huge pages and asks the system for them.
+/// A huge page. From this size on, a buffer is aligned to them and asks the system for them.
 const HUGE: usize = 2 << 20;
+/// Memory that smaller buffers share, see [`Buffer::try_shelved`].
+const SHELF: usize = 16 * HUGE;
 
 /// Plain bytes, zero at first, aligned to 64 bytes; viewed as 32-bit words.
 #[derive(Debug)]
 pub(crate) struct Buffer {
     start: NonNull<u8>,
     bytes: usize,
-    layout: Layout,
+    /// What `start` points into: the buffer's own, or its place on a shelf.
+    _own: Option<Block>,
+    _shelf: Option<Arc<Block>>,
 }
 
-// SAFETY: the buffer owns its memory and hands out references by the usual rules.
+// SAFETY: the bytes are the buffer's alone, and it hands out references by the usual rules.
 unsafe impl Send for Buffer {}
 // SAFETY: as above.
 unsafe impl Sync for Buffer {}
 
-impl Buffer {
-    /// `bytes` of zeros, or nothing if there is not so much memory.
-    pub(crate) fn try_zeroed(bytes: usize) -> Option<Self> {
-        let layout = Self::layout(bytes)?;
-        // SAFETY: the layout's size is at least 64.
+/// One allocation.
+#[derive(Debug)]
+struct Block {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a block hands out nothing but its address.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    fn new(layout: Layout) -> Option<Self> {
+        // SAFETY: whoever makes a layout here makes it of 64 bytes at least.
         let start = NonNull::new(unsafe { alloc(layout) })?;
         #[cfg(target_os = "linux")]
-        if bytes >= HUGE {
+        if layout.align() >= HUGE {
             // SAFETY: the range is this allocation; the advice changes no contents. It may be refused, which costs only speed.
             unsafe { libc::madvise(start.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
         }
-        // After the advice, and not by the allocator: it is the first touch that decides about a page's size.
-        // SAFETY: the allocation is that large.
-        unsafe { start.as_ptr().write_bytes(0, layout.size()) };
-        Some(Buffer { start, bytes, layout })
+        Some(Block { start, layout })
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this very layout.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// The shelf that is being filled, and how far it is. It lives as long as something lies on it.
+static SHELVES: Mutex<(Weak<Block>, usize)> = Mutex::new((Weak::new(), 0));
+
+impl Buffer {
+    /// `bytes` of zeros, or nothing if there is not so much memory.
+    pub(crate) fn try_zeroed(bytes: usize) -> Option<Self> {
+        let block = Block::new(Self::layout(bytes)?)?;
+        Some(Buffer { start: block.start, bytes, _own: Some(block), _shelf: None }.cleared())
+    }
+
+    /// [`Buffer::try_zeroed`] for what stays as long as its neighbours, such as the weights of a model: buffers that are smaller
+    /// than a huge page share some.
+    pub(crate) fn try_shelved(bytes: usize) -> Option<Self> {
+        if bytes >= HUGE {
+            return Self::try_zeroed(bytes);
+        }
+        let size = Self::layout(bytes)?.size();
+        let mut shelf = SHELVES.lock().unwrap_or_else(PoisonError::into_inner);
+        let (block, from) = match shelf.0.upgrade() {
+            Some(block) if shelf.1 + size <= SHELF => (block, shelf.1),
+            _ => (Arc::new(Block::new(Layout::from_size_align(SHELF, HUGE).ok()?)?), 0),
+        };
+        *shelf = (Arc::downgrade(&block), from + size);
+        drop(shelf);
+        // SAFETY: the shelf goes on for `size` bytes from there on.
+        let start = unsafe { block.start.add(from) };
+        Some(Buffer { start, bytes, _own: None, _shelf: Some(block) }.cleared())
+    }
+
+    /// Here and not by the allocator: it is the first touch, after the advice, that decides about a page's size.
+    fn cleared(self) -> Self {
+        // SAFETY: the buffer has so many bytes.
+        unsafe { self.start.as_ptr().write_bytes(0, self.bytes) };
+        self
     }
 
     /// `bytes` of zeros.
@@ -48,11 +104,10 @@ impl Buffer {
         let bytes = words * 4;
         let layout = Layout::from_size_align(bytes.max(64).next_multiple_of(64), 64);
         let Ok(layout) = layout else { handle_alloc_error(Layout::new::<u8>()) };
-        // SAFETY: the layout's size is at least 64.
-        let Some(start) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
+        let Some(block) = Block::new(layout) else { handle_alloc_error(layout) };
         // SAFETY: the allocation is this buffer's own.
-        unsafe { settle(start.as_ptr()) };
-        let mut buffer = Buffer { start, bytes, layout };
+        unsafe { settle(block.start.as_ptr()) };
+        let mut buffer = Buffer { start: block.start, bytes, _own: Some(block), _shelf: None };
         if cfg!(test) {
             buffer.words_mut().fill(f32::NAN);
         }
@@ -95,13 +150,6 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this very layout.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) };
-    }
-}
-
 /// A pointer that jobs on the pool write disjoint parts through.
 #[derive(Clone, Copy)]
 pub(crate) struct SendPtr<T>(pub(crate) *mut T);
@@ -125,13 +173,35 @@ mod tests {
     #[test]
     fn buffers_are_zero_and_aligned() {
         for bytes in [0, 1, 63, 64, 4096, HUGE - 1, HUGE, 3 * HUGE + 5] {
-            let mut buffer = Buffer::zeroed(bytes);
-            assert_eq!(buffer.bytes().as_ptr() as usize % 64, 0);
-            assert_eq!((buffer.len(), buffer.words().len()), (bytes, bytes / 4));
-            assert!(buffer.bytes().iter().all(|&b| b == 0));
-            buffer.bytes_mut().fill(7);
-            assert!(buffer.words_mut().iter().all(|w| w.to_bits() == 0x0707_0707));
+            for make in [Buffer::try_zeroed, Buffer::try_shelved] {
+                let mut buffer = make(bytes).unwrap();
+                assert_eq!(buffer.bytes().as_ptr() as usize % 64, 0);
+                assert_eq!((buffer.len(), buffer.words().len()), (bytes, bytes / 4));
+                assert!(buffer.bytes().iter().all(|&b| b == 0));
+                buffer.bytes_mut().fill(7);
+                assert!(buffer.words_mut().iter().all(|w| w.to_bits() == 0x0707_0707));
+            }
         }
-        assert!(Buffer::try_zeroed(usize::MAX).is_none());
+        assert!(Buffer::try_zeroed(usize::MAX).is_none() && Buffer::try_shelved(usize::MAX).is_none());
+    }
+
+    /// Buffers of two shelves and more keep what is in them, whatever their neighbours do, on any thread.
+    #[test]
+    fn neighbours_on_a_shelf_are_apart() {
+        let fill = |seed: usize| {
+            let make = |i: usize| {
+                let mut buffer = Buffer::try_shelved((i * 7919 + seed) % (HUGE - 1)).unwrap();
+                assert!(buffer.bytes().iter().all(|&b| b == 0));
+                buffer.bytes_mut().fill((i + seed) as u8);
+                buffer
+            };
+            let mut buffers: Vec<(usize, Buffer)> = (0..60).map(|i| (i, make(i * 37))).collect();
+            buffers.retain(|(i, _)| i % 3 > 0);
+            buffers.extend((60..80).map(|i| (i, make(i * 37))));
+            for (i, buffer) in buffers {
+                assert!(buffer.bytes().iter().all(|&b| b == (i * 37 + seed) as u8), "{i}");
+            }
+        };
+        std::thread::scope(|scope| (0..2).for_each(|seed| drop(scope.spawn(move || fill(seed)))));
     }
 }

@@ -190,7 +190,7 @@ impl Packed {
         let panels = out.div_ceil(PANEL);
         let panel_bytes = format.panel_bytes(input)?.ok_or(memory)?;
         let bytes = count.checked_mul(panels).and_then(|n| n.checked_mul(panel_bytes)).ok_or(memory)?;
-        let mut data = Buffer::try_zeroed(bytes).ok_or(memory)?;
+        let mut data = Buffer::try_shelved(bytes).ok_or(memory)?;
         let failed = OnceLock::new();
         // One panel after the other, whichever thread comes: the pages of a file are let go once all rows of a piece of it are
         // read, and with shares of their own a thread that waits for its core leaves one half-read piece after the other.

@@ -1,16 +1,18 @@
 //! The one thread pool of the CPU paths.
 //!
 //! A caller of [`run`] works itself; helpers take chunks beside it. Helpers spin for a moment after a job, because the
-//! next operation of a decode step comes within microseconds, and then sleep. Chunks have a thread that takes them first, the
-//! same in every job, so that what a chunk reads and writes tends to be in that core's cache already; who has done its own takes
-//! those of others. A helper that the system has not scheduled is never waited for: only one that has begun a chunk is. If the
+//! next operation of a decode step comes within microseconds, and then sleep. Chunks lie in shares, one behind the other, with a
+//! thread for each, the same in every job: what a chunk reads and writes tends to be in that core's cache already, and what
+//! the core fetches ahead of a stream is what it is going to read. Who has done its own share takes the last chunks of
+//! others'. A helper that the system has not scheduled is never waited for: only one that has begun a chunk is. If the
 //! pool is busy (a nested call, or another thread's job), the caller runs everything itself, and helpers withdraw while there are
 //! as many callers as threads: two trainer threads on two cores get a core each.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -53,75 +55,155 @@ pub fn with_threads<R>(n: usize, f: impl FnOnce() -> R) -> R {
 }
 
 /// Calls `job(i)` once for every `i` in `0..chunks`, in any order, on this thread and on free ones of the pool; returns when
-/// all have returned.
+/// all have returned. See [`deal`] for chunks of different size.
 ///
 /// # Panics
 /// With the panic of a job; chunks that have not begun by then may be left out.
 pub fn run(chunks: usize, job: impl Fn(usize) + Sync) {
-    let helpers = threads().min(chunks) - usize::from(chunks > 0);
-    if helpers == 0 || INSIDE.get() {
+    let threads = threads();
+    if threads.min(chunks) <= 1 || chunks > MOST_CHUNKS || INSIDE.get() {
         return (0..chunks).for_each(job);
     }
     let pool = POOL.get_or_init(Pool::new);
-    let _caller = pool.enter();
-    if pool.callers.load(Ordering::Relaxed) >= threads() || pool.busy.swap(true, Ordering::Acquire) {
-        return (0..chunks).for_each(job);
+    let _inside = Inside::enter();
+    if pool.alone.load(Ordering::Relaxed) + 1 < threads && !pool.busy.swap(true, Ordering::Acquire) {
+        return pool.share(threads.min(chunks) - 1, chunks, &job);
     }
-    pool.share(helpers, chunks, &job);
+    let _alone = Alone::enter(&pool.alone);
+    (0..chunks).for_each(job);
+}
+
+/// Brings chunks that are sorted by their size, the largest first, into an order for [`run`] in which the threads' shares are
+/// alike: each begins with large ones, and its last ones, which another thread may take, are small.
+pub fn deal<T>(chunks: Vec<T>) -> Vec<T> {
+    let shares = threads().min(chunks.len()).max(1);
+    let mut hands: Vec<Vec<T>> = (0..shares).map(|_| Vec::with_capacity(chunks.len() / shares + 1)).collect();
+    for (i, chunk) in chunks.into_iter().enumerate() {
+        hands[i % shares].push(chunk);
+    }
+    hands.into_iter().flatten().collect()
+}
+
+/// The share `i` of so many.
+fn share(chunks: usize, shares: usize, i: usize) -> Range<usize> {
+    let start = |i: usize| i * (chunks / shares) + i.min(chunks % shares);
+    start(i)..start(i + 1)
 }
 
 type Job<'a> = &'a (dyn Fn(usize) + Sync);
 
-/// Threads take their chunks from one of so many counters: chunk i belongs to counter i modulo their number.
-const COUNTERS: usize = 8;
+/// In [`Seat::left`]: its thread works on the job.
+const WORKING: u64 = 1 << 63;
+/// Chunks that there are bits for in [`Seat::left`].
+const MOST_CHUNKS: usize = (1 << 31) - 1;
 
-/// Chunks of a counter that have been taken, on a cache line (and its neighbour) of its own.
+/// A thread of the pool; seat 0 is the caller's. All that a helper looks for is on one cache line (whose neighbour nobody
+/// else uses): to hand over a job is to write one line.
 #[repr(align(128))]
-struct Taken(AtomicUsize);
-
-/// What helpers read of the job at hand; written by the caller that owns `busy`, while the gate is shut.
-struct Shared {
-    job: Option<Job<'static>>,
-    chunks: usize,
-    /// Callers and helpers together never exceed this.
-    threads: usize,
+struct Seat {
+    /// What is left of the thread's share: its first chunk, from bit 32 on the one after its last, and [`WORKING`].
+    left: AtomicU64,
+    /// Threads that share the job.
+    threads: AtomicUsize,
+    job: UnsafeCell<Option<Job<'static>>>,
+    asleep: AtomicBool,
+    thread: OnceLock<Thread>,
 }
 
-struct Helper {
-    thread: Thread,
-    asleep: &'static AtomicBool,
-}
+// SAFETY: `job` is written by the owner of the pool while the seat's share is empty and its thread does not work, and read by that
+// thread once it has taken a chunk (an acquire that follows the owner's release) and until it says that it no longer works
+// (a release, for which the owner waits); the rest is `Sync`.
+unsafe impl Sync for Seat {}
 
-/// `gate`: a count of jobs, a bit that says whether one is open to helpers, and the number of helpers inside.
-const INSIDE_ONE: usize = 1;
-const INSIDE_MASK: usize = 0xffff;
-const OPEN: usize = 0x1_0000;
-const JOB_ONE: usize = 0x2_0000;
+impl Seat {
+    fn new() -> Self {
+        Seat {
+            left: AtomicU64::new(0),
+            threads: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            asleep: AtomicBool::new(false),
+            thread: OnceLock::new(),
+        }
+    }
+
+    /// Takes a chunk from the front of the share, or from its back, and sets `and` with it.
+    fn take(&self, front: bool, and: u64) -> Option<usize> {
+        let mut left = self.left.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (left & MOST_CHUNKS as u64, left >> 32 & MOST_CHUNKS as u64);
+            if start >= end {
+                return None;
+            }
+            let (chunk, rest) = if front { (start, left + 1) } else { (end - 1, left - (1 << 32)) };
+            match self.left.compare_exchange_weak(left, rest | and, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(chunk as usize),
+                Err(now) => left = now,
+            }
+        }
+    }
+
+    fn has_chunks(&self, order: Ordering) -> bool {
+        let left = self.left.load(order);
+        left & (MOST_CHUNKS as u64) < left >> 32 & MOST_CHUNKS as u64
+    }
+
+    fn working(&self) -> bool {
+        self.left.load(Ordering::Acquire) & WORKING != 0
+    }
+
+    /// Wakes the helper if it sleeps.
+    fn wake(&self) {
+        if self.asleep.load(Ordering::Relaxed)
+            && self.asleep.swap(false, Ordering::Relaxed)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
+        }
+    }
+}
 
 struct Pool {
     /// A caller owns the pool.
     busy: AtomicBool,
-    /// Threads inside [`run`] as callers.
-    callers: AtomicUsize,
-    gate: AtomicUsize,
-    taken: [Taken; COUNTERS],
-    shared: UnsafeCell<Shared>,
+    /// Callers of [`run`] that do all themselves.
+    alone: AtomicUsize,
+    seats: Box<[Seat]>,
+    /// Helpers that have been started; the owner's to change.
+    helpers: AtomicUsize,
+    panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    helpers: Mutex<Vec<Helper>>,
 }
-
-// SAFETY: `shared` is written only by the owner of `busy` while no helper is inside and the gate is shut, and read only by
-// helpers that have come through the open gate (an acquire that follows the owner's release); the rest is `Sync`.
-unsafe impl Sync for Pool {}
 
 static POOL: OnceLock<Pool> = OnceLock::new();
 
-struct Caller<'a>(&'a Pool);
+/// This thread is inside [`run`].
+struct Inside;
 
-impl Drop for Caller<'_> {
+impl Inside {
+    fn enter() -> Self {
+        INSIDE.set(true);
+        Inside
+    }
+}
+
+impl Drop for Inside {
     fn drop(&mut self) {
-        self.0.callers.fetch_sub(1, Ordering::Relaxed);
         INSIDE.set(false);
+    }
+}
+
+struct Alone<'a>(&'a AtomicUsize);
+
+impl<'a> Alone<'a> {
+    fn enter(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Alone(count)
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -129,43 +211,52 @@ impl Pool {
     fn new() -> Self {
         Pool {
             busy: AtomicBool::new(false),
-            callers: AtomicUsize::new(0),
-            gate: AtomicUsize::new(0),
-            taken: std::array::from_fn(|_| Taken(AtomicUsize::new(0))),
-            shared: UnsafeCell::new(Shared { job: None, chunks: 0, threads: 1 }),
+            alone: AtomicUsize::new(0),
+            seats: (0..MOST).map(|_| Seat::new()).collect(),
+            helpers: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
             panic: Mutex::new(None),
-            helpers: Mutex::new(Vec::new()),
         }
-    }
-
-    fn enter(&self) -> Caller<'_> {
-        self.callers.fetch_add(1, Ordering::Relaxed);
-        INSIDE.set(true);
-        Caller(self)
     }
 
     /// Runs a job with up to `helpers` helpers; the caller owns `busy`.
     fn share(&'static self, helpers: usize, chunks: usize, job: Job<'_>) {
-        // SAFETY: the borrow is lengthened only for helpers inside the gate, and this function does not return before
-        // the gate is shut and all of them have left.
+        // SAFETY: the borrow is lengthened only for helpers that work, and this function does not return before none does.
         let job: Job<'static> = unsafe { std::mem::transmute::<Job<'_>, Job<'static>>(job) };
-        // SAFETY: this thread owns `busy`, the gate is shut and empty since the last owner left.
-        unsafe { *self.shared.get() = Shared { job: Some(job), chunks, threads: helpers + 1 } };
-        self.set_taken(0);
-        self.gate.fetch_add(JOB_ONE | OPEN, Ordering::SeqCst);
-        self.wake(helpers);
-
-        let own = catch_unwind(AssertUnwindSafe(|| self.work(0, helpers + 1, chunks, job, || false)));
+        let threads = self.start(helpers) + 1;
+        let seats = &self.seats[..threads];
+        for (i, seat) in seats.iter().enumerate() {
+            // SAFETY: this thread owns the pool, and the last owner has left each share empty and each helper idle.
+            unsafe { *seat.job.get() = Some(job) };
+            seat.threads.store(threads, Ordering::Relaxed);
+            let Range { start, end } = share(chunks, threads, i);
+            seat.left.store(start as u64 | (end as u64) << 32, Ordering::Release);
+        }
+        seats[1..].iter().for_each(Seat::wake);
+        let own = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(chunk) = seats[0].take(true, 0) {
+                job(chunk);
+                // Again, for those that were just falling asleep: by now they have seen their share, or are seen to sleep.
+                fence(Ordering::SeqCst);
+                seats[1..].iter().for_each(Seat::wake);
+            }
+            self.work(0, threads, job, || false);
+        }));
         if own.is_err() {
-            self.set_taken(chunks);
+            self.drop_rest(threads);
         }
-        self.gate.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0_u32;
-        while self.gate.load(Ordering::Acquire) & INSIDE_MASK != 0 {
-            spins += 1;
-            if spins < 20_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        for seat in &seats[1..] {
+            while seat.working() {
+                spins += 1;
+                if spins < 20_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
         }
-        let theirs = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let theirs = if self.panicked.swap(false, Ordering::Relaxed) {
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).take()
+        } else {
+            None
+        };
         self.busy.store(false, Ordering::Release);
         if let Err(panic) = own {
             resume_unwind(panic);
@@ -175,22 +266,19 @@ impl Pool {
         }
     }
 
-    fn set_taken(&self, chunks: usize) {
-        self.taken.iter().for_each(|taken| taken.0.store(chunks, Ordering::Relaxed));
+    /// Nobody takes another chunk.
+    fn drop_rest(&self, threads: usize) {
+        for seat in &self.seats[..threads] {
+            seat.left.fetch_and(WORKING, Ordering::Relaxed);
+        }
     }
 
-    /// Takes chunks, first those of its own counter, until there are none, or until `leave` says so after one.
-    fn work(&self, thread: usize, threads: usize, chunks: usize, job: Job<'_>, leave: impl Fn() -> bool) {
-        let counters = threads.min(COUNTERS);
-        for counter in (0..counters).map(|i| (thread + i) % counters) {
-            let taken = &self.taken[counter].0;
-            // Not written to where there is nothing left: the line may be another's.
-            while counter + counters * taken.load(Ordering::Relaxed) < chunks {
-                let i = counter + counters * taken.fetch_add(1, Ordering::Relaxed);
-                if i >= chunks {
-                    break;
-                }
-                job(i);
+    /// Takes chunks, first those of its own share from the front, then others' from the back, until there are none, or until
+    /// `leave` says so after one.
+    fn work(&self, thread: usize, threads: usize, job: Job<'_>, leave: impl Fn() -> bool) {
+        for i in 0..threads {
+            while let Some(chunk) = self.seats[(thread + i) % threads].take(i == 0, 0) {
+                job(chunk);
                 if leave() {
                     return;
                 }
@@ -198,71 +286,63 @@ impl Pool {
         }
     }
 
-    /// Wakes as many sleeping helpers as the job needs beside those awake, starting new ones where there are too few.
-    fn wake(&'static self, wanted: usize) {
-        let mut helpers = self.helpers.lock().unwrap_or_else(PoisonError::into_inner);
-        while helpers.len() < wanted {
-            let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-            let thread = helpers.len() + 1;
+    /// Starts helpers until there are as many as `wanted`; the number that this job may have.
+    fn start(&'static self, wanted: usize) -> usize {
+        let mut helpers = self.helpers.load(Ordering::Relaxed);
+        while helpers < wanted {
+            let thread = helpers + 1;
             let builder = std::thread::Builder::new().name(format!("m1-kernels-{thread}"));
-            let Ok(handle) = builder.spawn(move || self.help(thread, asleep)) else { break };
-            helpers.push(Helper { thread: handle.thread().clone(), asleep });
+            let Ok(handle) = builder.spawn(move || self.help(thread)) else { break };
+            let _ = self.seats[thread].thread.set(handle.thread().clone());
+            helpers += 1;
+            self.helpers.store(helpers, Ordering::Relaxed);
         }
-        for helper in helpers.iter().take(wanted) {
-            if helper.asleep.swap(false, Ordering::SeqCst) {
-                helper.thread.unpark();
-            }
-        }
+        helpers.min(wanted)
     }
 
     /// The life of a helper.
-    fn help(&'static self, thread: usize, asleep: &AtomicBool) {
+    fn help(&self, thread: usize) {
         INSIDE.set(true);
-        let mut done = usize::MAX;
+        let seat = &self.seats[thread];
+        // Callers have come that work alone: they have this core now.
+        let crowded = || self.alone.load(Ordering::Relaxed) + thread >= seat.threads.load(Ordering::Relaxed);
+        let (mut since, mut spins) = (Instant::now(), 0_u32);
         loop {
-            let since = Instant::now();
-            let mut spins = 0_u32;
-            let mut gate = self.gate.load(Ordering::SeqCst);
-            while gate & OPEN == 0 || gate / JOB_ONE == done {
-                spins += 1;
-                if !spins.is_multiple_of(64) || since.elapsed() < SPIN {
-                    std::hint::spin_loop();
-                } else {
-                    // Whoever opens the gate after this store sees it; whoever did before is seen by the load.
-                    asleep.store(true, Ordering::SeqCst);
-                    gate = self.gate.load(Ordering::SeqCst);
-                    if gate & OPEN == 0 || gate / JOB_ONE == done {
-                        std::thread::park();
-                    }
-                    asleep.store(false, Ordering::SeqCst);
-                    break;
-                }
-                gate = self.gate.load(Ordering::SeqCst);
-            }
-            if gate & OPEN == 0 || gate / JOB_ONE == done {
-                continue;
-            }
-            if self.gate.compare_exchange(gate, gate + INSIDE_ONE, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                continue;
-            }
-            done = gate / JOB_ONE;
-            // SAFETY: this helper is inside the open gate of this job, so its caller waits for it to leave.
-            let &Shared { job, chunks, threads } = unsafe { &*self.shared.get() };
-            if let Some(job) = job
-                && (gate & INSIDE_MASK) + 1 < threads
+            if seat.has_chunks(Ordering::Relaxed)
+                && !crowded()
+                && let Some(chunk) = seat.take(true, WORKING)
             {
-                // Another caller has come: it has this core now.
-                let crowded = || {
-                    let helpers = self.gate.load(Ordering::Relaxed) & INSIDE_MASK;
-                    self.callers.load(Ordering::Relaxed) + helpers > threads
-                };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work(thread, threads, chunks, job, crowded)))
+                // SAFETY: this thread works on the job, so its caller waits.
+                let (job, threads) = (unsafe { *seat.job.get() }, seat.threads.load(Ordering::Relaxed));
+                if let Some(job) = job
+                    && let Err(panic) = catch_unwind(AssertUnwindSafe(|| {
+                        job(chunk);
+                        if !crowded() {
+                            self.work(thread, threads, job, crowded);
+                        }
+                    }))
                 {
-                    self.set_taken(chunks);
+                    self.drop_rest(threads);
                     self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+                    self.panicked.store(true, Ordering::Relaxed);
                 }
+                seat.left.fetch_and(!WORKING, Ordering::Release);
+                (since, spins) = (Instant::now(), 0);
+                continue;
             }
-            self.gate.fetch_sub(INSIDE_ONE, Ordering::Release);
+            spins += 1;
+            if !spins.is_multiple_of(64) || since.elapsed() < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            // Whoever hands out a share after this store sees it; whoever did before is seen by the load.
+            seat.asleep.store(true, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
+            if !seat.has_chunks(Ordering::Relaxed) || crowded() {
+                std::thread::park();
+            }
+            seat.asleep.store(false, Ordering::Relaxed);
+            (since, spins) = (Instant::now(), 0);
         }
     }
 }
@@ -295,6 +375,21 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn shares_are_all_chunks_in_order() {
+        for shares in 1..=9 {
+            for chunks in [0, 1, 7, 8, 9, 1000] {
+                let all: Vec<usize> = (0..shares).flat_map(|i| share(chunks, shares, i)).collect();
+                assert!(all.iter().copied().eq(0..chunks), "{chunks} in {shares}");
+            }
+        }
+        with_threads(3, || {
+            assert_eq!(deal((0..8).collect()), [0, 3, 6, 1, 4, 7, 2, 5]);
+            assert_eq!(share(8, 3, 1), 3..6);
+            assert_eq!((deal(vec![5]), deal(Vec::<u8>::new())), (vec![5], vec![]));
+        });
     }
 
     #[test]

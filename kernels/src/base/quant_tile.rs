@@ -5,6 +5,8 @@
 //! of multiply-adds in f32 for each output element. So a row's bits depend neither on its neighbours nor on the width of
 //! the registers.
 
+use std::mem::MaybeUninit;
+
 use super::quant::{Meta, Quant};
 use super::simd::Level;
 use super::tile::{PANEL, Target};
@@ -70,18 +72,19 @@ pub(crate) unsafe fn product(
             for (i, to) in rows.iter_mut().enumerate().take(n) {
                 *to = row(first + i);
             }
-            let mut edge = [0.0_f32; MOST * PANEL];
+            let mut edge = MaybeUninit::<[f32; MOST * PANEL]>::uninit(); // not cleared: it is as large as the work on a panel
             // SAFETY: the panel and the columns of the target exist, says the caller; a panel that sticks out of the target is
-            // written to `edge`, which has room for all rows.
+            // written to `edge`, which has room for all rows, and read from there as far as it was written.
             unsafe {
                 let start = target.start.add(first * target.stride + p * PANEL);
                 let whole = columns == PANEL;
-                let (to, stride) = if whole { (start, target.stride) } else { (edge.as_mut_ptr(), PANEL) };
+                let (to, stride) =
+                    if whole { (start, target.stride) } else { (edge.as_mut_ptr().cast::<f32>(), PANEL) };
                 tile(level, &Tile { quant, blocks, rows: &rows[..n], panel: panels.add(p * bytes), to, stride });
                 if !whole {
                     for r in 0..n {
                         for j in 0..columns {
-                            *start.add(r * target.stride + j) = edge[r * PANEL + j];
+                            *start.add(r * target.stride + j) = *to.add(r * PANEL + j);
                         }
                     }
                 }
@@ -195,6 +198,10 @@ mod x86 {
     /// misses no room, into the first where there is more to compute (see [`exact512_rows`]).
     const AHEAD: usize = 2048;
     const AHEAD_EXACT: usize = 3072;
+    /// As AHEAD, for [`vnni_rows`] and so many bits. On a Zen 4 int4 decodes 9 % faster so than with 2048, int8 as fast with 3072.
+    const fn ahead_vnni(bits: usize) -> usize {
+        if bits == 8 { AHEAD } else { 3 * AHEAD }
+    }
 
     /// Calls the kernel that is compiled for the tile's number of rows, bits and block.
     macro_rules! shapes {
@@ -240,6 +247,7 @@ mod x86 {
         let block_bytes = SCALES + PANEL * BLOCK * BITS / 8;
         let mut total = [[_mm512_setzero_ps(); 2]; R];
         let nibble = _mm512_set1_epi8(15);
+        let far = const { ahead_vnni(BITS) };
         for b in 0..tile.blocks {
             // SAFETY: the panel and the rows have that many blocks, says the caller of `product`; fetching ahead touches nothing.
             unsafe {
@@ -257,13 +265,13 @@ mod x86 {
                     };
                 }
                 if R <= 2 {
-                    _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(far).cast());
                 }
                 for u in 0..BLOCK * BITS / 32 {
                     let p = values.add(u * 4 * PANEL);
                     if R <= 2 {
-                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD).cast());
-                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(AHEAD + 64).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(far).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(far + 64).cast());
                     }
                     let v = [_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())];
                     if BITS == 8 {

@@ -389,6 +389,7 @@ unsafe fn run(tasks: Vec<Task>) {
         task.split(most, &mut pieces);
     }
     pieces.sort_by_key(|task| std::cmp::Reverse(task.work()));
+    let pieces = pool::deal(pieces);
     pool::run(pieces.len(), |i| {
         let Task { m, n, first, second, c, ldc } = pieces[i];
         for ((a, b, k), add) in
