@@ -26,6 +26,11 @@ impl Linear {
         linear::linear(x, &self.weight.value())
     }
 
+    /// [`Linear::forward`] of two maps of the same `x`.
+    pub fn forward_pair(&self, other: &Linear, x: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        linear::linear_pair(x, &self.weight.value(), &other.weight.value())
+    }
+
     /// `[n, in] -> [n, out]` in f32, whatever the weight is stored in.
     pub fn forward_f32(&self, x: Tensor<2>) -> Tensor<2> {
         linear::linear_f32(x, &self.weight.value())

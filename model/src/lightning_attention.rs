@@ -45,8 +45,7 @@ impl LightningAttention {
     ///
     /// Without a cache no state is computed at all.
     pub fn forward(&self, h: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
-        let qkv = self.qkv_proj.forward(h.clone());
-        let gate = self.output_gate.forward(h);
+        let (qkv, gate) = self.qkv_proj.forward_pair(&self.output_gate, h);
         let o = match state {
             Some(state) if layout.one_each() => self.decode(qkv, gate, state),
             state => self.blocks(qkv, gate, layout, state),

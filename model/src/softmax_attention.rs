@@ -50,8 +50,8 @@ impl SoftmaxAttention {
     ) -> Tensor<2> {
         let dtype = h.dtype();
         let q = self.rotated(self.q_proj.forward(h.clone()), self.heads, rotation);
-        let k = self.rotated(self.k_proj.forward(h.clone()), self.kv_heads, rotation);
-        let v = self.v_proj.forward(h);
+        let (k, v) = self.k_proj.forward_pair(&self.v_proj, h);
+        let k = self.rotated(k, self.kv_heads, rotation);
         let o = match cache {
             Some(rows) if layout.one_each() => self.decode(q, k, v, rows),
             cache => layout.join(self.chunk(q, k, v, layout, cache)),

@@ -416,15 +416,32 @@ pub(crate) unsafe fn multiply_bf16_block(
 /// # Panics
 /// As [`multiply`].
 pub fn par_multiply(acts: &Acts, w: &Packed, matrix: usize, c: &mut [f32]) {
+    par_multiply_each(acts, [(w, matrix, c)]);
+}
+
+/// [`par_multiply`] with several weights `(w, matrix, c)` at once: one job of the pool, in which a thread's panels lie together.
+///
+/// # Panics
+/// As [`multiply`].
+pub fn par_multiply_each<const N: usize>(acts: &Acts, products: [(&Packed, usize, &mut [f32]); N]) {
     let level = simd::level();
-    let (rows, out, panels) = (acts.rows, w.out(), w.panels());
-    assert_eq!(c.len(), rows * out, "c [{rows}, {out}]");
-    let c = SendPtr(c.as_mut_ptr());
+    let products = products.map(|(w, matrix, c)| {
+        assert_eq!(c.len(), acts.rows * w.out(), "c [{}, {}]", acts.rows, w.out());
+        (w, matrix, SendPtr(c.as_mut_ptr()))
+    });
     // Enough chunks that a thread which is held up costs little, each worth the hand-over.
-    let work = rows.max(4) * w.input() * PANEL;
-    let each = panels.div_ceil(8 * pool::threads()).max((1_usize << 17).div_ceil(work.max(1)));
-    pool::run(panels.div_ceil(each), |i| {
-        // SAFETY: the panels of this job are its alone; `c` has all columns of all rows.
-        unsafe { multiply_into(level, acts, None, w, matrix, i * each..panels.min((i + 1) * each), c, out) }
+    let all: usize = products.iter().map(|(w, ..)| w.panels()).sum();
+    let work = acts.rows.max(4) * acts.k * PANEL;
+    let each = all.div_ceil(8 * pool::threads()).max((1_usize << 17).div_ceil(work.max(1)));
+    let chunks = products.map(|(w, ..)| w.panels().div_ceil(each));
+    pool::run(chunks.iter().sum(), |mut i| {
+        for ((w, matrix, c), chunks) in products.iter().zip(chunks) {
+            if i < chunks {
+                let panels = i * each..w.panels().min((i + 1) * each);
+                // SAFETY: the panels of this job are its alone; `c` has all columns of all rows.
+                return unsafe { multiply_into(level, acts, None, w, *matrix, panels, *c, w.out()) };
+            }
+            i -= chunks;
+        }
     });
 }

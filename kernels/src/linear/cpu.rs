@@ -6,13 +6,13 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, TensorData, bf16};
 
-use super::LinearBackend;
+use super::{LinearBackend, LinearPairBackend};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::{contiguous, matrix, tensor, values};
 use crate::base::gemm::{Mat, par_gemm};
 use crate::base::masked::transpose;
 use crate::base::memory::arbitrary;
-use crate::base::packed::{Acts, Format, Packed, multiply_bf16_block, par_multiply};
+use crate::base::packed::{Acts, Format, Packed, multiply_bf16_block, par_multiply, par_multiply_each};
 use crate::base::tile::{PANEL, Target};
 use crate::base::{pool, simd};
 
@@ -72,6 +72,20 @@ impl LinearBackend for Flex {
             par_gemm(n, input, count, from, Mat::row_major(&rows, input), &mut d_x, input, first > 0);
         }
         tensor(d_x, [n, input])
+    }
+}
+
+impl LinearPairBackend for Flex {
+    fn linear_pair(x: FlexTensor, first: Packed, second: Packed) -> (FlexTensor, FlexTensor) {
+        let [n, input] = dims(&x);
+        for w in [&first, &second] {
+            assert_eq!((w.count(), w.input()), (1, input), "x [{n}, {input}] · {w:?}ᵀ");
+        }
+        let x = contiguous(x);
+        let (mut y, mut z) = (arbitrary(n * first.out()), arbitrary(n * second.out()));
+        let acts = Acts::new(first.format(), false, n, input, &values(&x));
+        par_multiply_each(&acts, [(&first, 0, &mut y), (&second, 0, &mut z)]);
+        (tensor(y, [n, first.out()]), tensor(z, [n, second.out()]))
     }
 }
 

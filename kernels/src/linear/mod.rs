@@ -50,6 +50,13 @@ pub trait LinearBackend: Backend {
     fn linear_packed_backward(w: Packed, d_y: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
+/// Two products with packed weights, which are constants and only the CPU's.
+#[backend_extension(Flex)]
+pub trait LinearPairBackend: Backend {
+    /// [`LinearBackend::linear_packed`] of two weights in one format, neither exact.
+    fn linear_pair(x: FloatTensor<Self>, first: Packed, second: Packed) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
 /// `x [n, in] · weight [out, in]ᵀ -> [n, out]`: for a tensor in its dtype (`x` is cast to it first); for a packed weight with `x`
 /// rounded as the format asks, and an f32 result; for one that is quantized on a device in the dtype of `x`.
 pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
@@ -57,6 +64,20 @@ pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
         Weight::Tensor(weight) => product(cast(x, weight.dtype()), weight.clone()),
         Weight::Packed(weight) => packed(x, weight, false),
         Weight::Quantized(weight) => quantized(x, weight),
+    }
+}
+
+/// `x` through two weights, as [`linear`] with each; packed ones of one format in one pass, for which `x` is prepared once.
+pub fn linear_pair(x: Tensor<2>, first: &Weight<2>, second: &Weight<2>) -> (Tensor<2>, Tensor<2>) {
+    match (first, second) {
+        (Weight::Packed(first), Weight::Packed(second))
+            if first.format() == second.format() && on_cpu(&x) && !x.device().is_autodiff() =>
+        {
+            let x = cast(x, DType::F32).into_dispatch();
+            let (y, z) = <Dispatch as LinearPairBackend>::linear_pair(x, first.clone(), second.clone());
+            (Tensor::from_dispatch(y), Tensor::from_dispatch(z))
+        }
+        _ => (linear(x.clone(), first), linear(x, second)),
     }
 }
 

@@ -1,6 +1,6 @@
 use burn::tensor::{DType, Device, Tensor};
 
-use super::{Weight, linear, linear_f32, reference};
+use super::{Weight, linear, linear_f32, linear_pair, reference};
 use crate::base::packed::{Format, Packed};
 use crate::base::pool;
 use crate::base::testing::{
@@ -101,6 +101,40 @@ fn threads_do_not_matter() {
         assert_threads_do_not_matter(|| linear(x.clone(), &weight));
         assert_threads_do_not_matter(|| linear_f32(x.clone(), &weight));
     }
+}
+
+#[test]
+fn a_pair_has_the_bits_of_each() {
+    let formats = [Format::F32, Format::Bf16, Format::Int8 { block: 32 }, Format::Int4 { block: 64 }];
+    at_every_level(|| {
+        for (i, [n, out, input]) in [[0, 5, 9]].into_iter().chain(SHAPES).enumerate() {
+            let x = random([n, input], i as u64, &device());
+            let v = random([out, input], 100 + i as u64, &device());
+            let w = random([(out * 3).next_multiple_of(37), input], 200 + i as u64, &device());
+            for format in formats {
+                // Of one format, of two, and with a tensor.
+                for other in [pack(format, &w), pack(Format::Bf16, &w), w.clone().into()] {
+                    let v = pack(format, &v);
+                    let (y, z) = linear_pair(x.clone(), &v, &other);
+                    assert_eq!(bits(y), bits(linear(x.clone(), &v)), "{format:?} {n} × {out} × {input}");
+                    assert_eq!(bits(z), bits(linear(x.clone(), &other)), "{format:?} {n} × {out} × {input}");
+                }
+            }
+        }
+    });
+    let (x, v, w) =
+        (random([70, 300], 1, &device()), random([333, 300], 2, &device()), random([95, 300], 3, &device()));
+    for format in formats {
+        let (v, w) = (pack(format, &v), pack(format, &w));
+        assert_threads_do_not_matter(|| linear_pair(strided(x.clone()), &v, &w).0);
+        assert_threads_do_not_matter(|| linear_pair(x.clone(), &v, &w).1);
+    }
+    // Under autodiff each has its gradient.
+    let (v, w) = (pack(Format::F32, &v), pack(Format::F32, &w));
+    let x = random([70, 300], 1, &device().autodiff()).require_grad();
+    let gradient = |y: Tensor<2>, z: Tensor<2>| bits(x.grad(&(y.sum() + z.sum()).backward()).unwrap());
+    let (y, z) = linear_pair(x.clone(), &v, &w);
+    assert_eq!(gradient(y, z), gradient(linear(x.clone(), &v), linear(x.clone(), &w)));
 }
 
 #[test]
