@@ -4,7 +4,10 @@
 //! says which serves).
 #![cfg(feature = "wgpu")]
 
-use burn::tensor::{Device, DeviceKind, Distribution, Tensor};
+mod common;
+
+use burn::tensor::{Device, DeviceKind, Tensor};
+use common::random;
 use m1_kernels::lightning_attention::{self, lightning_attention};
 use m1_kernels::softmax_attention::{self, KeyValues, softmax_attention};
 
@@ -14,10 +17,6 @@ fn wgpu() -> Option<Device> {
     }
     eprintln!("SKIPPED: set M1_REQUIRE_WGPU=1 to run the kernels on wgpu");
     None
-}
-
-fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
 }
 
 fn to<const D: usize>(x: &Tensor<D>, device: &Device) -> Tensor<D> {
