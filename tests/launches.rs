@@ -30,7 +30,7 @@ fn counted(work: impl FnOnce()) -> BTreeMap<String, usize> {
 
 /// The launches of one decode step of `rows` rows after `depth` tokens.
 fn of_a_step(model: &M1, rows: usize, depth: usize) -> BTreeMap<String, usize> {
-    let mut cache = Cache::new(model.config(), rows, &model.device());
+    let mut cache = Cache::new(model, rows);
     let mut step = |ids: Vec<u32>| {
         let hidden = model.forward(&Batch::new(vec![ids; rows]).last(), Some(&mut cache), &mut Trace::none());
         let logits = model.logits(hidden).into_data();

@@ -115,7 +115,7 @@ fn long() {
     let whole = logits(&model, Batch::new(vec![golden.tokens.clone()]).at(vec![tail]), None);
     let error = golden.check_logits(first, &whole, "whole");
     eprintln!("long: largest logit error {error:.1e}, bound {:.1e}", golden.bound);
-    let mut cache = Cache::new(&golden.config, 1, &Device::flex());
+    let mut cache = Cache::new(&model, 1);
     for part in golden.tokens[..first].chunks(1001) {
         model.forward(&Batch::new(vec![part.to_vec()]).none(), Some(&mut cache), &mut Trace::none());
     }
@@ -152,7 +152,7 @@ fn minimax_own_code() {
     let own = |name: &str, got: &Tensor<2>| {
         check_logits(&values(got), &golden.recorded[name].values, vocab, 2.0 * golden.bound, name)
     };
-    let mut cache = Cache::new(&golden.config, 1, &device);
+    let mut cache = Cache::new(&model, 1);
     let prefill =
         own("prefill_logits", &logits(&model, Batch::new(vec![golden.tokens[..600].to_vec()]), Some(&mut cache)));
     let steps: Vec<Tensor<2>> =
@@ -162,7 +162,7 @@ fn minimax_own_code() {
     let padded = own("leftpad_row1_logits", &logits(&model, Batch::new(rows), None).narrow(0, 70, 50));
     eprintln!("MiniMax's own code: prefill {prefill:.1e}, decode {decode:.1e}, padded row {padded:.1e}");
 
-    let mut cache = Cache::new(&golden.config, 1, &device);
+    let mut cache = Cache::new(&model, 1);
     let mut trace = Trace::hidden();
     model.forward(&Batch::new(vec![golden.tokens[..40].to_vec()]), Some(&mut cache), &mut trace);
     golden.check_cache_names(&cache, 0, "first 40 tokens", ["state", "kcache", "vcache"]);

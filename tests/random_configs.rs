@@ -80,7 +80,7 @@ fn chunks_equal_the_whole() {
         }
         compared += 1;
 
-        let mut cache = Cache::new(&config, rows.len(), &device);
+        let mut cache = Cache::new(&model, rows.len());
         let mut got = vec![Vec::new(); rows.len()];
         let mut read = vec![0; rows.len()];
         while (0..rows.len()).any(|i| read[i] < rows[i].len()) {

@@ -17,6 +17,8 @@ pub struct LoadSettings {
     pub dtype: Option<WeightDtype>,
     /// Quantize while loading.
     pub quantize: Option<Quantization>,
+    /// What keys and values are kept in; `None`: see [`checkpoint::LoadOptions::kv_dtype`].
+    pub kv_dtype: Option<WeightDtype>,
     /// `rotary_dim` for a `minimax` checkpoint whose config does not tell.
     pub rotary_dim: Option<usize>,
     /// The most tokens of a sequence; `None`: the model's `max_position_embeddings`.
@@ -124,6 +126,6 @@ pub fn random_model(
 }
 
 fn options(settings: &LoadSettings) -> checkpoint::LoadOptions {
-    let LoadSettings { dtype, quantize, rotary_dim, .. } = *settings;
-    checkpoint::LoadOptions { dtype, quantize, rotary_dim, progress: true, tensors: false }
+    let LoadSettings { dtype, quantize, kv_dtype, rotary_dim, .. } = *settings;
+    checkpoint::LoadOptions { dtype, quantize, kv_dtype, rotary_dim, progress: true, tensors: false }
 }

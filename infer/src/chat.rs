@@ -327,7 +327,7 @@ impl<'a> Chat<'a> {
 /// An engine for one conversation at a time. What it keeps of one is never too large for it to keep.
 fn scheduler(assets: &Assets) -> Scheduler<'_> {
     let (engine, context) = (&assets.engine, assets.engine.context());
-    let whole = Cache::new(engine.config(), 0, &engine.device()).row_bytes(engine.config(), context);
+    let whole = Cache::new(engine.model(), 0).row_bytes(engine.config(), context);
     let settings = SchedulerSettings::new(BatchSettings::new(1, context), whole.max(CACHE_BYTES));
     Scheduler::new(engine.model(), settings)
 }

@@ -106,7 +106,7 @@ impl Engine {
 
     /// An empty sequence.
     pub fn session(&self) -> Session<'_> {
-        let cache = Cache::new(self.config(), 1, &self.device());
+        let cache = Cache::new(self.model(), 1);
         Session { engine: self, cache, logits: Vec::new() }
     }
 }
@@ -174,7 +174,7 @@ impl Session<'_> {
         // At the very end of `ids` a state is of use only with its logits.
         let here = self.tokens().len();
         if !ids.starts_with(self.tokens()) || here == ids.len() && self.logits.is_empty() {
-            self.cache = Cache::new(self.engine.config(), 1, &self.engine.device());
+            self.cache = Cache::new(self.engine.model(), 1);
             self.logits.clear();
         }
         let cached = self.tokens().len();

@@ -61,6 +61,13 @@ fn the_table_is_markdown_and_the_lines_are_json() {
     let tests: Vec<Value> = lines.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!((&tests[0]["test"], &tests[1]["test"], tests.len()), (&"pp4".into(), &"tg2".into(), 2));
     assert_eq!((&tests[0]["dtype"], &tests[0]["random_weights"]), (&"bf16".into(), &false.into()));
+    assert_eq!((&tests[0]["type_k"], &tests[0]["type_v"]), (&"f32".into(), &"f32".into()));
+
+    let halves = ["-p", "4", "-n", "2", "-r", "1", "-o", "jsonl", "--kv-cache-dtype", "bf16"];
+    let line: Value = serde_json::from_str(m1("bench", &halves, "").ok().stdout.lines().next().unwrap()).unwrap();
+    assert_eq!((&line["type_k"], &line["dtype"]), (&"bf16".into(), &"f32".into()));
+    let refused = m1("bench", &["--kv-cache-dtype", "f16"], "");
+    assert!(refused.stderr.contains("`f16` is not a dtype: expected f32 or bf16"), "{}", refused.stderr);
 }
 
 fn random(args: &[&str]) -> common::Run {

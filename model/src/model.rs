@@ -7,7 +7,7 @@ use m1_kernels::rotary::Rotation;
 
 use crate::batch::{Batch, Layout, ints};
 use crate::cache::{Cache, LayerCache};
-use crate::checkpoint::{Slot, slots};
+use crate::checkpoint::{Slot, WeightDtype, slots};
 use crate::config::ModelConfig;
 use crate::decoder_layer::{Attention, DecoderLayer};
 use crate::layers::{Embedding, Linear, RmsNorm, Stream};
@@ -33,6 +33,8 @@ pub struct M1 {
     pub lm_head: Linear,
     #[module(skip)]
     config: ModelConfig,
+    #[module(skip)]
+    kv_dtype: WeightDtype,
 }
 
 impl M1 {
@@ -49,6 +51,7 @@ impl M1 {
             // Small: an untrained model should call every token equally likely.
             lm_head: Linear::new(config.hidden_size, config.vocab_size, 0.2, device),
             config: config.clone(),
+            kv_dtype: WeightDtype::F32,
         }
     }
 
@@ -109,6 +112,16 @@ impl M1 {
     /// The configuration the model was made for.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// In what [`Cache::new`] keeps this model's keys and values: f32, unless it was loaded with something else.
+    pub fn kv_dtype(&self) -> WeightDtype {
+        self.kv_dtype
+    }
+
+    /// The same model with keys and values kept in `kv_dtype`.
+    pub fn with_kv_dtype(self, kv_dtype: WeightDtype) -> Self {
+        Self { kv_dtype, ..self }
     }
 
     /// Where it computes.

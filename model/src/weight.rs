@@ -153,6 +153,14 @@ impl<const D: usize> Weight<D> {
 }
 
 impl Table {
+    /// Of the rows, as they come to the first layer.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::Tensor(param) => param.val().dtype(),
+            Self::Constant(table) => table.dtype,
+        }
+    }
+
     /// Bytes in memory, or of the file where the rows lie.
     pub fn bytes(&self) -> u64 {
         match self {

@@ -21,7 +21,7 @@ pub fn whole(model: &M1, golden: &Golden, n: usize) {
     let text = golden.tokens[..n].to_vec();
     let error = golden.check_logits(0, &logits(model, Batch::new(vec![text.clone()]), None), "whole");
     eprintln!("{:14} largest logit error {error:.1e}, bound {:.1e}", golden.name, golden.bound);
-    let mut cache = Cache::new(&golden.config, 1, &model.device());
+    let mut cache = Cache::new(model, 1);
     golden.check_logits(0, &logits(model, Batch::new(vec![text.clone()]), Some(&mut cache)), "whole, with a cache");
     assert_eq!(cache.tokens(0), text);
     if n == golden.cache_after {
@@ -32,7 +32,7 @@ pub fn whole(model: &M1, golden: &Golden, n: usize) {
 /// Chunks of the sizes given, over and over, until `n` tokens are read.
 pub fn chunks(model: &M1, golden: &Golden, n: usize, sizes: &[usize]) {
     let what = format!("in chunks of {sizes:?}");
-    let mut cache = Cache::new(&golden.config, 1, &model.device());
+    let mut cache = Cache::new(model, 1);
     let mut sizes = sizes.iter().cycle();
     let mut done = 0;
     while done < n {
@@ -48,7 +48,7 @@ pub fn chunks(model: &M1, golden: &Golden, n: usize, sizes: &[usize]) {
 
 /// A prefill in chunks without outputs, then one token at a time.
 pub fn decode_after_prefill(model: &M1, golden: &Golden, n: usize, prefill: usize, chunk: usize) {
-    let mut cache = Cache::new(&golden.config, 1, &model.device());
+    let mut cache = Cache::new(model, 1);
     for part in golden.tokens[..prefill].chunks(chunk) {
         let none = model.forward(&Batch::new(vec![part.to_vec()]).none(), Some(&mut cache), &mut Trace::none());
         assert_eq!(none.dims()[0], 0, "a batch without outputs gives none");
@@ -135,7 +135,7 @@ fn texts(model: &M1, golden: &Golden, n: usize) -> Vec<Row> {
 pub fn uneven_rows(model: &M1, golden: &Golden, n: usize) {
     let all = vec![usize::MAX / 2; 5];
     advance(model, golden, &mut texts(model, golden, n), &all, None, "uneven rows");
-    let mut cache = Cache::new(&golden.config, 5, &model.device());
+    let mut cache = Cache::new(model, 5);
     advance(model, golden, &mut texts(model, golden, n), &all, Some(&mut cache), "uneven rows, with a cache");
     if n == golden.cache_after {
         golden.check_cache(&cache, 4, "uneven rows");
@@ -145,7 +145,7 @@ pub fn uneven_rows(model: &M1, golden: &Golden, n: usize) {
 /// Rows at different depths: at every step each row gets nothing, one token or many, as a seeded generator says.
 pub fn different_depths(model: &M1, golden: &Golden, n: usize) {
     let mut rows = texts(model, golden, n);
-    let mut cache = Cache::new(&golden.config, rows.len(), &model.device());
+    let mut cache = Cache::new(model, rows.len());
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     while rows.iter().any(|row| row.left() > 0) {
         let take: Vec<usize> = rows
@@ -170,7 +170,7 @@ pub fn different_depths(model: &M1, golden: &Golden, n: usize) {
 /// Rows reordered, dropped, added and repeated between steps.
 pub fn changing_rows(model: &M1, golden: &Golden, n: usize) {
     let mut rows = texts(model, golden, n);
-    let mut cache = Cache::new(&golden.config, rows.len(), &model.device());
+    let mut cache = Cache::new(model, rows.len());
     advance(model, golden, &mut rows, &[n / 3, n / 4, n / 5, 1, n / 6], Some(&mut cache), "before the change");
 
     let mut kept: Vec<Option<Row>> = rows.into_iter().map(Some).collect();
@@ -203,9 +203,9 @@ pub fn changing_rows(model: &M1, golden: &Golden, n: usize) {
 
 /// Snapshots: restored in place and into another cache, truncated to, and refused where the text is another.
 pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
-    let (device, text) = (model.device(), &golden.tokens);
+    let text = &golden.tokens;
     let (early, middle) = (n / 4, n / 2);
-    let mut cache = Cache::new(&golden.config, 1, &device);
+    let mut cache = Cache::new(model, 1);
     let feed = |cache: &mut Cache, from: usize, to: usize, what: &str| {
         golden.check_logits(from, &logits(model, Batch::new(vec![text[from..to].to_vec()]), Some(cache)), what);
     };
@@ -242,7 +242,7 @@ pub fn snapshots(model: &M1, golden: &Golden, n: usize) {
     assert!(cache.truncate(0, &second).is_err(), "a snapshot of another text is refused");
     assert_eq!(cache.len(0), length + middle, "a refusal leaves the row as it was");
 
-    let mut rows = Cache::new(&golden.config, 2, &device);
+    let mut rows = Cache::new(model, 2);
     logits(model, Batch::new(vec![text[..5].to_vec(), text[5..9].to_vec()]), Some(&mut rows));
     rows.restore(1, &first);
     let both = logits(model, Batch::new(vec![text[5..8].to_vec(), text[early..n].to_vec()]), Some(&mut rows));

@@ -326,7 +326,7 @@ impl<'a> Batcher<'a> {
                     (unread, prefix) => {
                         let snapshot = match prefix {
                             Some(prefix) => prefix.snapshot.clone(),
-                            None => Cache::new(self.model.config(), 1, &self.model.device()).snapshot(0),
+                            None => Cache::new(self.model, 1).snapshot(0),
                         };
                         match prompt.last() {
                             // A token alone goes the way of decoding, as it would in a session.

@@ -56,7 +56,7 @@ pub(super) struct Lane {
 
 impl Lane {
     fn new(model: &M1) -> Self {
-        Self { cache: Cache::new(model.config(), 0, &model.device()), rows: Vec::new(), next: Vec::new() }
+        Self { cache: Cache::new(model, 0), rows: Vec::new(), next: Vec::new() }
     }
 
     fn active(&self) -> usize {

@@ -152,7 +152,7 @@ mod tests {
     /// Snapshots of one text on the way, at these lengths.
     fn snapshots(engine: &Engine, text: &[u32], at: &[usize]) -> Vec<Snapshot> {
         let model = engine.model();
-        let mut cache = Cache::new(model.config(), 1, &model.device());
+        let mut cache = Cache::new(model, 1);
         let mut start = 0;
         at.iter()
             .map(|&end| {

@@ -155,7 +155,7 @@ struct Reading {
 
 impl Reading {
     fn new(model: &M1) -> Self {
-        Self { cache: Cache::new(model.config(), 0, &model.device()), readers: Vec::new() }
+        Self { cache: Cache::new(model, 0), readers: Vec::new() }
     }
 
     fn sequences(&self) -> impl Iterator<Item = &Sequence> {

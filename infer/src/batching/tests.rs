@@ -437,8 +437,7 @@ fn prompts_are_scored() {
     let whole = |prompt: &[u32]| -> Vec<(u32, u32)> {
         let at = vec![(0..prompt.len()).collect()];
         let batch = Batch::new(vec![prompt.to_vec()]).at(at);
-        let hidden =
-            model.forward(&batch, Some(&mut Cache::new(model.config(), 1, &model.device())), &mut Trace::none());
+        let hidden = model.forward(&batch, Some(&mut Cache::new(model, 1)), &mut Trace::none());
         let logits = to_host(model.logits(hidden)).unwrap();
         let next = prompt.iter().skip(1).zip(logits.chunks_exact(VOCAB));
         next.map(|(&id, logits)| (id, log_probs(logits)[id as usize].to_bits())).collect()

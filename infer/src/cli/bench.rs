@@ -14,6 +14,7 @@ use crate::interrupt::{self, Busy};
 use crate::parallel::on_pool;
 use anyhow::{Context, ensure};
 use m1_kernels::base::pool;
+use m1_model::checkpoint::WeightDtype;
 use m1_model::device::OpenDevice;
 use m1_model::{Batch, Cache, M1, ModelConfig, Snapshot, Trace, flops};
 use rand::{RngExt, SeedableRng};
@@ -136,6 +137,7 @@ fn measure(
         size: model.weight_bytes().into(),
         parameters: flops::parameters(model.config()),
         dtype: model.form(),
+        kv_dtype: model.kv_dtype(),
         device: if device.is_cpu { "CPU".into() } else { device.name },
         threads,
         chunk: args.chunk.map_or(PREFILL_CHUNK, |n| n as usize),
@@ -250,7 +252,7 @@ impl Bench<'_> {
         // As the engine would share the rows out.
         let lanes = Most::of(self.model).lanes_for(test.rows);
         let rows = |lane: usize| test.rows * (lane + 1) / lanes - test.rows * lane / lanes;
-        let new = |lane| Cache::new(self.model.config(), rows(lane), &self.model.device());
+        let new = |lane| Cache::new(self.model, rows(lane));
         let mut caches: Vec<Cache> = (0..lanes).map(new).collect();
         let again = |caches: &mut [Cache]| {
             caches.iter_mut().for_each(|cache| (0..cache.rows()).for_each(|row| cache.restore(row, &start)));
@@ -271,7 +273,7 @@ impl Bench<'_> {
 
     /// The cache with `depth` random tokens in it, going on from `filled` where that is not deeper.
     fn fill(&mut self, depth: usize, filled: &mut Option<Snapshot>) -> Result<Snapshot, Halt> {
-        let mut cache = Cache::new(self.model.config(), 1, &self.model.device());
+        let mut cache = Cache::new(self.model, 1);
         if let Some(before) = filled.as_ref().filter(|before| before.tokens().len() <= depth) {
             cache.restore(0, before);
         }
@@ -323,6 +325,7 @@ struct About {
     size: u128,
     parameters: u128,
     dtype: String,
+    kv_dtype: WeightDtype,
     device: String,
     /// None off the CPU.
     threads: Option<usize>,
@@ -373,6 +376,8 @@ impl Measured {
             "random_weights": about.random,
             "layers": about.layers,
             "dtype": about.dtype,
+            "type_k": about.kv_dtype.to_string(),
+            "type_v": about.kv_dtype.to_string(),
             "device": about.device,
             "n_threads": about.threads,
             "n_ubatch": about.chunk,

@@ -67,6 +67,9 @@ pub struct WeightArgs {
     /// With --quantize: weights that share a scale, 32 or 64 [default: 32]
     #[arg(long, value_name = "N", requires = "quantize", value_parser = block)]
     pub quantize_block: Option<usize>,
+    /// Keys and values in memory: f32 or bf16 [default: f32 on the CPU, elsewhere as the weights]
+    #[arg(long, value_name = "DTYPE")]
+    pub kv_cache_dtype: Option<WeightDtype>,
     /// Rotated dimensions of a head, for a `minimax` checkpoint whose config does not tell
     #[arg(long, value_name = "N")]
     pub rotary_dim: Option<usize>,
@@ -85,7 +88,13 @@ impl WeightArgs {
         let block = self.quantize_block.unwrap_or(DEFAULT_BLOCK);
         // `block` has refused what this would.
         let quantize = self.quantize.and_then(|bits| Quantization::new(bits, block, self.quantize_all).ok());
-        LoadSettings { dtype: self.dtype, quantize, rotary_dim: self.rotary_dim, context }
+        LoadSettings {
+            dtype: self.dtype,
+            quantize,
+            kv_dtype: self.kv_cache_dtype,
+            rotary_dim: self.rotary_dim,
+            context,
+        }
     }
 }
 

@@ -112,7 +112,7 @@ fn for_all_tokens(
 ) -> anyhow::Result<()> {
     let vocab = model.config().vocab_size;
     let slab = (SLAB / (4 * vocab)).max(1);
-    let mut cache = Cache::new(model.config(), rows.len(), &model.device());
+    let mut cache = Cache::new(model, rows.len());
     let mut done = vec![0; rows.len()];
     let mut step = |done: &mut Vec<usize>, until: &dyn Fn(usize, usize) -> usize| -> anyhow::Result<bool> {
         let new: Vec<Vec<u32>> =

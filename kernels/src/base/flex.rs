@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Shape, TensorData, bf16};
+use burn::tensor::{DType, Element, Shape, TensorData, bf16};
+use bytemuck::Pod;
 
 use super::gemm::Mat;
 
@@ -65,10 +66,18 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
 /// # Panics
 /// If `x` is not f32.
 pub fn values_mut(x: &mut FlexTensor) -> &mut [f32] {
-    assert_eq!(x.dtype(), DType::F32);
+    stored_mut(x)
+}
+
+/// [`values_mut`] of a tensor whose values are of type `E`.
+///
+/// # Panics
+/// If they are of another type.
+pub(crate) fn stored_mut<E: Element + Pod>(x: &mut FlexTensor) -> &mut [E] {
+    assert_eq!(x.dtype(), E::dtype());
     if !x.is_contiguous() {
         *x = x.to_contiguous();
     }
     let (start, count) = (x.layout().start_offset(), x.layout().num_elements());
-    &mut x.storage_mut::<f32>()[start..start + count]
+    &mut x.storage_mut()[start..start + count]
 }

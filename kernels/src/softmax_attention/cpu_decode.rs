@@ -4,11 +4,13 @@
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, Element, bf16};
+use bytemuck::Pod;
 
 use super::cpu::{Cache, Call, Partial, Task, attend};
 use super::{KeyValueBlocks, Share};
 use crate::base::buffer::SendPtr;
-use crate::base::flex::{tensor, values_mut};
+use crate::base::flex::{stored_mut, tensor};
 use crate::base::masked::padded;
 use crate::base::memory::arbitrary;
 use crate::base::view::{forward_strides, whole};
@@ -53,7 +55,7 @@ pub(super) fn step(q: T, k: T, v: T, blocks: KeyValueBlocks<Flex>, shares: &[Sha
     (tensor(o, [rows, heads * dim]), last(keys, shares), last(values, shares))
 }
 
-/// Adds a token `[rows, kv_heads · dim]` to the last block of each row.
+/// Adds a token `[rows, kv_heads · dim]` to the last block of each row, in the block's dtype.
 fn add(blocks: &mut [T], new: T, shares: &[Share], dim: usize) {
     let new = whole(new);
     let new = new.storage::<f32>();
@@ -64,10 +66,19 @@ fn add(blocks: &mut [T], new: T, shares: &[Share], dim: usize) {
         let at = share.tokens - before.iter().map(|block| block.shape()[1]).sum::<usize>();
         let [kv_heads, room, _] = rest[0].shape().dims();
         let own = &new[row * kv_heads * dim..][..kv_heads * dim];
-        let block = values_mut(&mut rest[0]);
-        for (head, own) in own.chunks_exact(dim).enumerate() {
-            block[(head * room + at) * dim..][..dim].copy_from_slice(own);
+        let places = (0..kv_heads).map(|head| (head * room + at) * dim).zip(own.chunks_exact(dim));
+        match rest[0].dtype() {
+            DType::BF16 => write::<bf16>(&mut rest[0], places, bf16::from_f32),
+            _ => write::<f32>(&mut rest[0], places, |x| x),
         }
+    }
+}
+
+/// Writes values to these places of `block`: in place if nobody else holds it, else in a copy.
+fn write<'a, E: Element + Pod>(block: &mut T, places: impl Iterator<Item = (usize, &'a [f32])>, to: impl Fn(f32) -> E) {
+    let block = stored_mut::<E>(block);
+    for (at, values) in places {
+        block[at..at + values.len()].iter_mut().zip(values).for_each(|(place, &x)| *place = to(x));
     }
 }
 
@@ -80,6 +91,8 @@ fn last(blocks: Vec<T>, shares: &[Share]) -> Vec<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::backend::flex::FlexTensor;
+    use burn::tensor::TensorData;
 
     /// The buffer of a block that nobody else holds stays; another holder keeps what it has.
     #[test]
@@ -92,10 +105,20 @@ mod tests {
         let (places, held) = ([place(&keys[1]), place(&keys[2])], values[2].clone());
         let new = || tensor(vec![2.0; 16], [2, 8]);
         let q = tensor(vec![0.5; 16], [2, 1, 1, 8]);
-        let (_, keys, values) = step(q, new(), new(), KeyValueBlocks { keys, values }, &shares);
+        let (_, keys, values) = step(q.clone(), new(), new(), KeyValueBlocks { keys, values }, &shares);
         assert_eq!(keys.iter().map(place).collect::<Vec<_>>(), places);
         assert_eq!(keys[0].storage::<f32>()[8..16], [2.0; 8]);
         assert_ne!(place(&values[1]), place(&held));
         assert_eq!((held.storage::<f32>()[0], values[1].storage::<f32>()[0]), (1.0, 2.0));
+
+        let halves =
+            |shape: [usize; 3]| FlexTensor::from_data(TensorData::new(vec![bf16::ONE; shape.iter().product()], shape));
+        let draw = || vec![halves([1, 4, 8]), halves([1, 4, 8]), halves([1, 2, 8])];
+        let place = |x: &T| x.storage::<bf16>().as_ptr() as usize;
+        let (keys, values) = (draw(), draw());
+        let places = [place(&keys[1]), place(&keys[2])];
+        let (_, keys, _) = step(q, new(), new(), KeyValueBlocks { keys, values }, &shares);
+        assert_eq!(keys.iter().map(place).collect::<Vec<_>>(), places);
+        assert_eq!(keys[0].storage::<bf16>()[7..9], [1.0, 2.0].map(bf16::from_f32));
     }
 }

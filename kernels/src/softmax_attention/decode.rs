@@ -21,8 +21,8 @@ pub struct Past {
 /// One token for each of many rows: its key and value are added to the row's own, and its query attends to all of them.
 ///
 /// - `q`: `[rows, heads · head_dim]`, rotated; `k`, rotated, and `v`: `[rows, kv_heads · head_dim]`.
-/// - `pasts`: one for each row, with room for another token in its last block. On the CPU f32 is written in place where that block has
-///   no other owner.
+/// - `pasts`: one for each row, with room for another token in its last block. On the CPU f32 and bf16 are written in place where that
+///   block has no other owner.
 ///
 /// Returns `[rows, heads · head_dim]` in f32, and the last block of keys and of values of each row. The bits are those of
 /// [`softmax_attention`].
@@ -52,7 +52,7 @@ pub fn decode(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, pasts: Vec<Past>) -> (Te
     }
     let new = [&q, &k, &v].into_iter().all(|x| x.dtype() == DType::F32 && !x.device().is_autodiff());
     let mut blocks = pasts.iter().flat_map(|past| past.keys.iter().chain(&past.values));
-    if !(on_cpu(&q) && new && blocks.all(|x| x.dtype() == DType::F32)) {
+    if !(on_cpu(&q) && new && blocks.all(|x| matches!(x.dtype(), DType::F32 | DType::BF16))) {
         return decode_apart(q, k, v, pasts);
     }
     let shares = pasts.iter().map(|past| Share { blocks: past.keys.len(), tokens: past.tokens }).collect();

@@ -112,7 +112,7 @@ pub trait SoftmaxAttentionBackend: Backend {
     ) -> FloatTensor<Self>;
 
     /// See [`decode`], on the CPU alone: `q [rows, heads, 1, head_dim]`, `k` and `v` `[rows, kv_heads · head_dim]`, all in f32,
-    /// and the blocks of all rows, `[kv_heads, room, head_dim]` in f32, those of a row (at least one) behind each other. The last
+    /// and the blocks of all rows, `[kv_heads, room, head_dim]` in f32 or bf16, those of a row (at least one) behind each other. The last
     /// block of each row is written in place when nobody else holds it. Not differentiable.
     ///
     /// Returns `o [rows, heads · head_dim]`, and the last block of keys and of values of each row.

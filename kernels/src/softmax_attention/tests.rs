@@ -289,6 +289,11 @@ fn flat(x: &Tensor<3>) -> Vec<u32> {
     x.clone().try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
+fn in_dtype(past: Past, dtype: DType) -> Past {
+    let cast = |blocks: Vec<Tensor<3>>| blocks.into_iter().map(|x| x.cast(dtype)).collect();
+    Past { keys: cast(past.keys), values: cast(past.values), ..past }
+}
+
 /// A batch's step has the bits of each row alone, for every number of rows, depth, thread and level; what it adds to is its own.
 #[test]
 fn a_step_of_many_rows_is_that_of_each_alone() {
@@ -303,30 +308,33 @@ fn a_step_of_many_rows_is_that_of_each_alone() {
         let device = Device::flex();
         let row = |n: usize| normal([1, 1, tokens.len(), n * dim], &device).squeeze_dims::<2>(&[0, 1]);
         let (q, k, v) = (row(heads), row(kv_heads), row(kv_heads));
-        let pasts = pasts(&tokens, [kv_heads, dim], &rooms);
-        let kept: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
-        for level in levels() {
-            for threads in [1, 2, 5] {
-                let pasts = || pasts.clone();
-                let on = |f: &dyn Fn() -> _| with_level(level, || with_threads(threads, f));
-                let (o, last) = on(&|| decode(q.clone(), k.clone(), v.clone(), pasts()));
-                let (wanted_o, wanted) = on(&|| decode_apart(q.clone(), k.clone(), v.clone(), pasts()));
-                let what = format!("{level:?} {threads} {tokens:?}");
-                let bits = |x: Tensor<2>| x.try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits);
-                assert!(bits(o).eq(bits(wanted_o)), "{what}");
-                for (got, wanted) in last.iter().zip(&wanted) {
-                    assert!(flat(&got[0]) == flat(&wanted[0]) && flat(&got[1]) == flat(&wanted[1]), "{what}");
+        for dtype in [DType::F32, DType::BF16] {
+            let pasts: Vec<Past> =
+                pasts(&tokens, [kv_heads, dim], &rooms).into_iter().map(|past| in_dtype(past, dtype)).collect();
+            let kept: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
+            for level in levels() {
+                for threads in [1, 2, 5] {
+                    let pasts = || pasts.clone();
+                    let on = |f: &dyn Fn() -> _| with_level(level, || with_threads(threads, f));
+                    let (o, last) = on(&|| decode(q.clone(), k.clone(), v.clone(), pasts()));
+                    let (wanted_o, wanted) = on(&|| decode_apart(q.clone(), k.clone(), v.clone(), pasts()));
+                    let what = format!("{level:?} {threads} {tokens:?} {dtype:?}");
+                    let bits = |x: Tensor<2>| x.try_into_vec_as::<f32>().unwrap().into_iter().map(f32::to_bits);
+                    assert!(bits(o).eq(bits(wanted_o)), "{what}");
+                    for (got, wanted) in last.iter().zip(&wanted) {
+                        assert!(flat(&got[0]) == flat(&wanted[0]) && flat(&got[1]) == flat(&wanted[1]), "{what}");
+                    }
+                    assert_eq!(last.len(), tokens.len());
                 }
-                assert_eq!(last.len(), tokens.len());
             }
+            // Others hold these blocks: they were copied, not written to.
+            let now: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
+            assert!(kept == now);
         }
-        // Others hold these blocks: they were copied, not written to.
-        let now: Vec<_> = pasts.iter().flat_map(|past| [&past.keys, &past.values]).flatten().map(flat).collect();
-        assert!(kept == now);
     }
 }
 
-/// No rows, what lies behind a row's end, and blocks of another dtype.
+/// No rows, what lies behind a row's end, and how far bf16 is from f32.
 #[test]
 fn a_step_of_what_is_not_the_rule() {
     let device = Device::flex();
@@ -338,14 +346,9 @@ fn a_step_of_what_is_not_the_rule() {
     assert_eq!((o.dims(), last.len()), ([0, 128], 0));
 
     let (q, k, v) = (row(128, 2), row(64, 2), row(64, 2));
-    let halves = |x: Vec<Tensor<3>>| x.into_iter().map(|x| x.cast(DType::BF16)).collect::<Vec<_>>();
     let exact = pasts(&[7, 300], [2, 32], &[256, 256]);
-    let half = |past: &Past| Past {
-        keys: halves(past.keys.clone()),
-        values: halves(past.values.clone()),
-        tokens: past.tokens,
-    };
-    let (rounded, last) = decode(q.clone(), k.clone(), v.clone(), exact.iter().map(half).collect());
+    let half = exact.iter().map(|past| in_dtype(past.clone(), DType::BF16)).collect();
+    let (rounded, last) = decode(q.clone(), k.clone(), v.clone(), half);
     assert!(last.iter().flatten().all(|x| x.dtype() == DType::BF16));
     let (exact, _) = decode(q, k, v, exact);
     let off = (rounded - exact).abs().max().into_scalar::<f32>();

@@ -108,8 +108,8 @@ pub enum CheckpointError {
     #[error("{}: exists and is not an empty directory: a quantized checkpoint gets one of its own", .0.display())]
     Occupied(PathBuf),
     /// bf16 was asked for on a device that can't compute in it.
-    #[error("this device does not compute in bf16: load the weights as f32")]
-    NoBf16,
+    #[error("this device does not compute in bf16: {0} as f32")]
+    NoBf16(&'static str),
     /// A tensor could not be moved between file and device.
     #[error("{}: tensor `{tensor}`: {problem}", path.display())]
     Transfer {

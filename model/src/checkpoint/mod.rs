@@ -19,6 +19,8 @@ mod rows;
 mod slots;
 mod write;
 
+use burn::tensor::DType;
+
 pub use container::Container;
 pub use directory::{CONFIG, Comparison, Directory, INDEX, SINGLE};
 pub use error::CheckpointError;
@@ -43,6 +45,14 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
+    /// As tensors name it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
     /// Bytes of one weight.
     pub fn size(self) -> usize {
         match self {

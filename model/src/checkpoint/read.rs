@@ -42,6 +42,9 @@ pub struct LoadOptions {
     /// embedding's rows stay in the file; on other devices so do those of an embedding that is quantized, other quantized
     /// weights are held as they are stored, and the rest are tensors.
     pub tensors: bool,
+    /// What the cache keeps keys and values in. `None`: f32 on the CPU; on other devices what the embedding's rows are in, as the
+    /// activations are.
+    pub kv_dtype: Option<WeightDtype>,
     /// Stands above the configuration's `rotary_dim`; needed where a Hugging Face conversion has none.
     pub rotary_dim: Option<usize>,
     /// Show a progress bar on stderr, if that is a terminal.
@@ -61,8 +64,10 @@ pub fn load(path: &Path, device: &Device, options: &LoadOptions) -> Result<M1, C
 
 /// Refuses bf16 on a device that does not compute in it.
 pub(super) fn check_bf16(device: &Device, options: &LoadOptions) -> Result<(), CheckpointError> {
-    match options.dtype {
-        Some(WeightDtype::Bf16) if !device.supports_dtype(DType::BF16) => Err(CheckpointError::NoBf16),
+    let bf16 = |dtype| dtype == Some(WeightDtype::Bf16) && !device.supports_dtype(DType::BF16);
+    match (bf16(options.dtype), bf16(options.kv_dtype)) {
+        (true, _) => Err(CheckpointError::NoBf16("load the weights")),
+        (_, true) => Err(CheckpointError::NoBf16("keep keys and values")),
         _ => Ok(()),
     }
 }
@@ -87,7 +92,8 @@ pub(super) fn build(
     }
     let bar = if options.progress { progress("loading", total) } else { ProgressBar::hidden() };
     let inference = !options.tensors && !device.is_autodiff();
-    let packed = inference && on_cpu(&Tensor::<1>::zeros([1], device));
+    let cpu = on_cpu(&Tensor::<1>::zeros([1], device));
+    let packed = inference && cpu;
     // Tensors meet each other and must be of one dtype; packed weights all meet activations in f32.
     let bf16 = bf16 && (packed || narrow);
     let reader = Reader { device, bar: &bar, dtype: options.dtype, bf16, inference, packed };
@@ -124,7 +130,9 @@ pub(super) fn build(
         }
     }
     bar.finish_and_clear();
-    Ok(model)
+    let rows = model.model.embed_tokens.weight.dtype();
+    let kv_dtype = if cpu || rows != DType::BF16 { WeightDtype::F32 } else { WeightDtype::Bf16 };
+    Ok(model.with_kv_dtype(options.kv_dtype.unwrap_or(kv_dtype)))
 }
 
 /// A progress bar in bytes on stderr, if that is a terminal.
