@@ -4,6 +4,7 @@
 //! Elementwise code is written once, as an `#[inline(always)]` body over `[f32; 16]` chunks, and compiled per level by
 //! [`simd!`](crate::simd). Matrix kernels need to say which registers they use: they are generic over [`Vector`].
 
+use half::bf16;
 use std::cell::Cell;
 use std::sync::OnceLock;
 
@@ -161,6 +162,8 @@ pub(crate) unsafe trait Vector: Copy {
 
     unsafe fn zero() -> Self;
     unsafe fn load(from: *const f32) -> Self;
+    /// `LANES` bf16, widened.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn splat(from: *const f32) -> Self;
     /// `a · b + self`, fused wherever the level has fused instructions.
@@ -199,6 +202,11 @@ unsafe impl Vector for Plain {
         Plain(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
     }
     #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: the caller keeps the trait's rule.
+        Plain(unsafe { from.cast::<[bf16; 4]>().read_unaligned() }.map(bf16::to_f32))
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller keeps the trait's rule.
         unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
@@ -234,6 +242,8 @@ pub(crate) use x86::{Ymm, Zmm, ZmmBf16};
 mod x86 {
     use std::arch::x86_64::*;
 
+    use half::bf16;
+
     use super::Vector;
 
     /// AVX2 with FMA.
@@ -255,6 +265,14 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: see `zero`.
             Ymm(unsafe { _mm256_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see `zero`.
+            unsafe {
+                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                Ymm(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)))
+            }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -325,6 +343,14 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: see `zero`.
             Zmm(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see `zero`.
+            unsafe {
+                let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Zmm(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)))
+            }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -399,6 +425,11 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: see `Zmm::zero`.
             ZmmBf16(unsafe { Zmm::load(from) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see `Zmm::zero`.
+            ZmmBf16(unsafe { Zmm::load_bf16(from) })
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {

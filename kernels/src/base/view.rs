@@ -120,6 +120,15 @@ impl<'a> View<'a> {
             _ => None,
         }
     }
+
+    /// The same as pairs of bf16, the even one in the lower half, and the distance of their rows in words.
+    pub(crate) fn pairs_in_place(&self, (a, b): (usize, usize), from: usize) -> Option<(&'a [f32], usize)> {
+        let [sa, sb, st, sd] = self.strides;
+        let Stored::Bf16(x) = self.stored else { return None };
+        let x = &x[self.start + a * sa + b * sb + from * st..];
+        let pairs = bytemuck::try_cast_slice(&x[..x.len() & !1]).ok()?;
+        (sd == 1 && st.is_multiple_of(2) && cfg!(target_endian = "little")).then_some((pairs, st / 2))
+    }
 }
 
 /// Bytes of a cache line.

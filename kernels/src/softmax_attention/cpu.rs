@@ -10,7 +10,7 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
 
-use super::cpu_few::{self, Few, Tile};
+use super::cpu_few::{self, Few, PAIRS, Tile};
 use super::{KeyValueBlocks, Share, SoftmaxAttentionBackend, cpu_backward, cpu_decode};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::tensor;
@@ -112,6 +112,13 @@ impl<'a> Cache<'a> {
         let (block, inside) = self.find(from);
         let count = KEYS.min(self.length(block) - inside);
         self.blocks(side)[block].ahead(at, inside, count, dim)
+    }
+
+    /// A tile from position `from` on as pairs of bf16 where they lie.
+    fn pairs(&self, side: Side, at: (usize, usize), from: usize) -> Option<(&'a [f32], usize)> {
+        let (block, inside) = self.find(from);
+        let whole = inside + KEYS <= self.length(block);
+        whole.then(|| self.blocks(side)[block].pairs_in_place(at, inside))?
     }
 
     /// `count` keys or values from position `from` on as rows of `width` floats: where they lie or else copied to `memory`; and
@@ -256,12 +263,16 @@ impl<'a> Call<'a> {
         at: (usize, usize),
         first: usize,
         own: &Range<usize>,
+        halves: bool,
         memory: &'m mut [f32],
     ) -> Tile<'m> {
         if first == own.start {
             self.cache.ahead(side, at, first, own, self.dim).ask_all();
         }
-        let (rows, row) = self.cache.rows(side, self, at, first, KEYS, memory);
+        let (rows, row) = match halves {
+            true => self.cache.pairs(side, at, first).unwrap_or_else(|| unreachable!("asked for before")),
+            false => self.cache.rows(side, self, at, first, KEYS, memory),
+        };
         Tile { rows, row, next: self.cache.ahead(side, at, first + KEYS, own, self.dim) }
     }
 
@@ -288,9 +299,11 @@ impl<'a> Call<'a> {
             let count = KEYS.min(end - first);
             let at = (task.row, task.kv_head);
             if few && first + KEYS <= end.min(self.visible(task, 0)) {
-                let (keys, values) =
-                    (self.tile(Side::Keys, at, first, own, keys), self.tile(Side::Values, at, first, own, values));
-                cpu_few::attend(level, &Few { queries, rows, dim, keys, values }, scores, partial);
+                let pairs = |side| self.cache.pairs(side, at, first).is_some();
+                let halves = dim.is_multiple_of(PAIRS) && pairs(Side::Keys) && pairs(Side::Values);
+                let keys = self.tile(Side::Keys, at, first, own, halves, keys);
+                let values = self.tile(Side::Values, at, first, own, halves, values);
+                cpu_few::attend(level, &Few { queries, rows, dim, keys, values, halves }, scores, partial);
                 continue;
             }
             // These values and the next keys come meanwhile.

@@ -8,6 +8,8 @@
 // Lanes, rows and registers of several arrays at once: an index says it best.
 #![allow(clippy::needless_range_loop)]
 
+use half::bf16;
+
 use super::cpu::{KEYS, Partial, STRIPE, weigh_body};
 use crate::base::masked::WIDTH;
 use crate::base::simd::{Level, Plain, Vector};
@@ -15,7 +17,7 @@ use crate::base::simd::{Level, Plain, Vector};
 use crate::base::simd::{Ymm, Zmm};
 use crate::base::view::Ahead;
 
-/// Floats of a cache line.
+/// Words of a cache line.
 const LINE: usize = 16;
 
 /// How many queries are few: with more, to turn the keys once in memory takes less time.
@@ -27,8 +29,9 @@ pub(super) fn most(level: Level) -> usize {
     }
 }
 
-/// [`KEYS`] keys or values, `row` floats apart, and those of the next tile.
+/// [`KEYS`] keys or values, `row` words apart, and those of the next tile.
 pub(super) struct Tile<'a> {
+    /// f32, or pairs of bf16.
     pub(super) rows: &'a [f32],
     pub(super) row: usize,
     pub(super) next: Ahead,
@@ -41,47 +44,60 @@ pub(super) struct Few<'a> {
     pub(super) dim: usize,
     pub(super) keys: Tile<'a>,
     pub(super) values: Tile<'a>,
+    /// Whether keys and values are pairs of bf16; `dim` is a multiple of [`PAIRS`] then.
+    pub(super) halves: bool,
 }
+
+/// Columns of pairs are turned in squares of at most this many values.
+pub(super) const PAIRS: usize = 32;
 
 /// Adds the tile to `partial`. `scores` is memory for `rows` times [`KEYS`] floats.
 ///
 /// # Panics
 /// If an operand is too short.
 pub(super) fn attend(level: Level, few: &Few, scores: &mut [f32], partial: &mut Partial) {
-    let Few { queries, rows, dim, keys, values } = few;
+    let Few { queries, rows, dim, keys, values, halves } = few;
+    let words = if *halves { dim / 2 } else { *dim };
     assert!(*rows <= STRIPE && dim % WIDTH == 0 && queries.len() >= rows * dim && scores.len() >= rows * KEYS);
-    assert!([keys, values].iter().all(|tile| tile.rows.len() >= (KEYS - 1) * tile.row + dim));
+    assert!([keys, values].iter().all(|tile| tile.rows.len() >= (KEYS - 1) * tile.row + words));
+    assert!(!halves || dim % PAIRS == 0);
     assert!(partial.max.len() == *rows && partial.sum.len() == *rows && partial.values.len() >= rows * dim);
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        unsafe fn avx512(few: &Few, scores: &mut [f32], partial: &mut Partial) {
+        unsafe fn avx512<const HALVES: bool>(few: &Few, scores: &mut [f32], partial: &mut Partial) {
             // SAFETY: checked by `attend`.
-            unsafe { attend_body::<Zmm, 8, 4, true>(few, scores, partial) }
+            unsafe { attend_body::<Zmm, 8, 4, HALVES, true>(few, scores, partial) }
         }
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(few: &Few, scores: &mut [f32], partial: &mut Partial) {
+        unsafe fn avx2<const HALVES: bool>(few: &Few, scores: &mut [f32], partial: &mut Partial) {
             // SAFETY: checked by `attend`.
-            unsafe { attend_body::<Ymm, 4, 2, true>(few, scores, partial) }
+            unsafe { attend_body::<Ymm, 4, 2, HALVES, true>(few, scores, partial) }
         }
         // SAFETY: the level says what the processor has, and the sizes are checked above.
         unsafe {
-            if level >= Level::Avx512 {
-                return avx512(few, scores, partial);
-            }
-            if level >= Level::Avx2 {
-                return avx2(few, scores, partial);
+            match (level >= Level::Avx512, level >= Level::Avx2, halves) {
+                (true, _, false) => return avx512::<false>(few, scores, partial),
+                (true, _, true) => return avx512::<true>(few, scores, partial),
+                (_, true, false) => return avx2::<false>(few, scores, partial),
+                (_, true, true) => return avx2::<true>(few, scores, partial),
+                _ => {}
             }
         }
     }
     let _ = level;
     // SAFETY: the sizes are checked above.
-    unsafe { attend_body::<Plain, 4, 4, false>(few, scores, partial) }
+    unsafe {
+        match halves {
+            false => attend_body::<Plain, 4, 4, false, false>(few, scores, partial),
+            true => attend_body::<Plain, 4, 4, true, false>(few, scores, partial),
+        }
+    }
 }
 
 /// Up to `R` queries at a time, 4 or 8 as the registers allow, and `N` registers of values.
 #[inline(always)]
-unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const FMA: bool>(
+unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const HALVES: bool, const FMA: bool>(
     few: &Few,
     scores: &mut [f32],
     partial: &mut Partial,
@@ -94,10 +110,10 @@ unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const FMA: bool
         while from < few.rows {
             let n = part(few.rows - from, R);
             match n {
-                8 => score::<V, 8>(few, from, scores, &mut keys),
-                4 => score::<V, 4>(few, from, scores, &mut keys),
-                2 => score::<V, 2>(few, from, scores, &mut keys),
-                _ => score::<V, 1>(few, from, scores, &mut keys),
+                8 => score::<V, 8, HALVES>(few, from, scores, &mut keys),
+                4 => score::<V, 4, HALVES>(few, from, scores, &mut keys),
+                2 => score::<V, 2, HALVES>(few, from, scores, &mut keys),
+                _ => score::<V, 1, HALVES>(few, from, scores, &mut keys),
             }
             from += n;
         }
@@ -106,10 +122,10 @@ unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const FMA: bool
         while from < few.rows {
             let n = part(few.rows - from, R);
             match n {
-                8 => add::<V, 8, 2>(few, from, scores, &shrink, partial.values, &mut values),
-                4 => add::<V, 4, N>(few, from, scores, &shrink, partial.values, &mut values),
-                2 => add::<V, 2, N>(few, from, scores, &shrink, partial.values, &mut values),
-                _ => add::<V, 1, N>(few, from, scores, &shrink, partial.values, &mut values),
+                8 => add::<V, 8, 2, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
+                4 => add::<V, 4, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
+                2 => add::<V, 2, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
+                _ => add::<V, 1, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
             }
             from += n;
         }
@@ -124,19 +140,31 @@ fn part(rows: usize, most: usize) -> usize {
 
 /// The scores of queries `from .. from + R`.
 #[inline(always)]
-unsafe fn score<V: Vector, const R: usize>(few: &Few, from: usize, scores: &mut [f32], next: &mut Ahead) {
+unsafe fn score<V: Vector, const R: usize, const HALVES: bool>(
+    few: &Few,
+    from: usize,
+    scores: &mut [f32],
+    next: &mut Ahead,
+) {
     let (dim, keys) = (few.dim, &few.keys);
     // SAFETY: see `attend_body`.
     unsafe {
         let queries = few.queries.as_ptr().add(from * dim);
         for key in (0..KEYS).step_by(V::LANES) {
             let mut sums = [V::zero(); R];
-            for column in (0..dim).step_by(V::LANES) {
+            let words = if HALVES { dim / 2 } else { dim };
+            for word in (0..words).step_by(V::LANES) {
                 next.ask(V::LANES * V::LANES / LINE);
-                let square = V::columns(keys.rows.as_ptr().add(key * keys.row + column), keys.row);
+                let square = V::columns(keys.rows.as_ptr().add(key * keys.row + word), keys.row);
                 for (c, &k) in square.as_ref().iter().enumerate() {
                     for r in 0..R {
-                        sums[r] = sums[r].fma(V::splat(queries.add(r * dim + column + c)), k);
+                        let query = queries.add(r * dim);
+                        sums[r] = if HALVES {
+                            let query = query.add(2 * (word + c));
+                            sums[r].fma(V::splat(query), k.low_bf16()).fma(V::splat(query.add(1)), k.high_bf16())
+                        } else {
+                            sums[r].fma(V::splat(query.add(word + c)), k)
+                        };
                     }
                 }
             }
@@ -149,7 +177,7 @@ unsafe fn score<V: Vector, const R: usize>(few: &Few, from: usize, scores: &mut 
 
 /// The values, weighted, added to what queries `from .. from + R` have of earlier tiles.
 #[inline(always)]
-unsafe fn add<V: Vector, const R: usize, const N: usize>(
+unsafe fn add<V: Vector, const R: usize, const N: usize, const HALVES: bool>(
     few: &Few,
     from: usize,
     scores: &[f32],
@@ -161,18 +189,18 @@ unsafe fn add<V: Vector, const R: usize, const N: usize>(
     // SAFETY: strips inside the columns; see `attend_body`.
     unsafe {
         while few.dim - column >= N * V::LANES {
-            add_strip::<V, R, N>(few, from, column, scores, shrink, sums, next);
+            add_strip::<V, R, N, HALVES>(few, from, column, scores, shrink, sums, next);
             column += N * V::LANES;
         }
         while column < few.dim {
-            add_strip::<V, R, 1>(few, from, column, scores, shrink, sums, next);
+            add_strip::<V, R, 1, HALVES>(few, from, column, scores, shrink, sums, next);
             column += V::LANES;
         }
     }
 }
 
 #[inline(always)]
-unsafe fn add_strip<V: Vector, const R: usize, const N: usize>(
+unsafe fn add_strip<V: Vector, const R: usize, const N: usize, const HALVES: bool>(
     few: &Few,
     from: usize,
     column: usize,
@@ -194,11 +222,13 @@ unsafe fn add_strip<V: Vector, const R: usize, const N: usize>(
             }
         }
         for key in 0..KEYS {
-            let line = values.rows.as_ptr().add(key * values.row + column);
-            next.ask(N * V::LANES / LINE);
+            let line = values.rows.as_ptr().add(key * values.row);
+            let words = N * V::LANES / if HALVES { 2 } else { 1 };
+            next.ask((key + 1) * words / LINE - key * words / LINE);
             let mut v = [V::zero(); N];
             for n in 0..N {
-                v[n] = V::load(line.add(n * V::LANES));
+                let at = column + n * V::LANES;
+                v[n] = if HALVES { V::load_bf16(line.cast::<bf16>().add(at)) } else { V::load(line.add(at)) };
             }
             for r in 0..R {
                 let weight = V::splat(weights.add(r * KEYS + key));
