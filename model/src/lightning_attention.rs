@@ -2,7 +2,7 @@
 //! whatever the length of the text.
 
 use burn::module::Module;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
 use m1_kernels::lightning_attention::{decode, lightning_attention};
 use m1_kernels::silu::silu;
 
@@ -62,8 +62,9 @@ impl LightningAttention {
 
     /// Any number of tokens a row, in blocks.
     fn blocks(&self, qkv: Tensor<2>, gate: Tensor<2>, layout: &Layout, state: Option<&mut Tensor<4>>) -> Tensor<2> {
-        // [rows, heads, tokens, 3 · head_dim]: each head's q, k and v lie side by side.
-        let qkv = layout.heads(to_f32(silu(qkv)), self.slopes.len());
+        // [rows, heads, tokens, 3 · head_dim]: each head's q, k and v lie side by side. In halves they go to a device's tensor cores;
+        // sums and state are f32 there too.
+        let qkv = layout.heads(silu(qkv), self.slopes.len());
         let (starts, lengths) = (Some(layout.starts.as_slice()), layout.uneven());
         let o = match state {
             None => lightning_attention(qkv, &self.slopes, None, starts, lengths, false).0,
@@ -82,10 +83,6 @@ impl LightningAttention {
 fn take(state: &mut Tensor<4>) -> Tensor<4> {
     let empty = Tensor::empty([0, 0, 0, 0], &state.device());
     std::mem::replace(state, empty)
-}
-
-fn to_f32(x: Tensor<2>) -> Tensor<2> {
-    if x.dtype() == DType::F32 { x } else { x.cast(DType::F32) }
 }
 
 /// Decay slope of each head at `layer` of `layers`: `alibi(h) · (1 - layer / (layers - 1) + 1e-5)`; for a single layer
