@@ -9,15 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
+use m1_infer::memory;
 use m1_model::checkpoint::{Bits, Directory, LoadOptions, Quantization, SaveOptions, WeightDtype, load, save};
 use m1_model::{Batch, M1, ModelConfig, Trace};
-
-/// A figure of `/proc/self/status` in bytes.
-fn status(key: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
-    line.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().unwrap() << 10
-}
 
 /// 60 M weights, more than a quarter of them in the embedding, in shards of 16 MB.
 fn sample(folder: &Path) {
@@ -56,12 +50,12 @@ fn loading_peaks_at_the_weights_and_one_shard() {
     ] {
         // Makes the kernel count the peak anew.
         std::fs::write("/proc/self/clear_refs", "5").unwrap();
-        let before = status("VmRSS:");
+        let before = memory::held().unwrap();
         let start = Instant::now();
         let options = LoadOptions { dtype, tensors, quantize, ..Default::default() };
         let model = load(&path, &Device::flex(), &options).unwrap();
         let seconds = start.elapsed().as_secs_f64();
-        let (peak, after) = (status("VmHWM:") - before, status("VmRSS:").saturating_sub(before));
+        let (peak, after) = (memory::peak().unwrap() - before, memory::held().unwrap().saturating_sub(before));
         let mb = |bytes: u64| bytes as f64 / 1e6;
         eprintln!(
             "{form}: {:.1} MB stored, {seconds:.2} s ({:.0} MB/s), peak {:.1} MB, afterwards {:.1} MB, largest file {:.1} MB",

@@ -5,16 +5,9 @@
 #![cfg(target_os = "linux")]
 
 use burn::tensor::Device;
+use m1_infer::memory;
 use m1_model::{Batch, M1, Trace};
 use m1_tests::golden::Golden;
-
-/// Peak resident memory in bytes.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has /proc/self/status");
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM is in it");
-    let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number of kB");
-    kib * 1024
-}
 
 #[test]
 fn prefill_is_not_quadratic_in_memory() {
@@ -22,6 +15,7 @@ fn prefill_is_not_quadratic_in_memory() {
     let model: M1 = golden.model(&Device::flex());
     let text = |n: usize| Batch::new(vec![golden.tokens.iter().cycle().take(n).copied().collect()]).last();
     model.forward(&text(300), None, &mut Trace::none());
+    let peak = || memory::peak().expect("Linux tells");
     let before = peak();
     let tokens = 12_000;
     model.forward(&text(tokens), None, &mut Trace::none());

@@ -2,6 +2,7 @@
 
 use super::common::{ModelArgs, whole};
 use crate::batching::{BatchSettings, SchedulerSettings};
+use crate::memory;
 use crate::server;
 use crate::server::state::Settings;
 use anyhow::bail;
@@ -133,20 +134,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (memory, cache_bytes, exact_cache) = (args.memory, args.cache_memory, args.exact_cache);
     let worker = move |assets: &crate::Assets| {
         let on_cpu = on_cpu(&Tensor::<1>::zeros([1], &assets.engine.device()));
-        let free = || free_memory().filter(|_| on_cpu).map(|free| (free / 4 * 3).saturating_sub(cache_bytes));
+        let free = || memory::free().filter(|_| on_cpu).map(|free| (free / 4 * 3).saturating_sub(cache_bytes));
         let memory = memory.or_else(free);
         let batch = BatchSettings { prefill_tokens, memory, ..BatchSettings::new(rows, assets.engine.context()) };
         SchedulerSettings { exact_cache, ..SchedulerSettings::new(batch, cache_bytes) }
     };
     let (model, context) = (args.model, args.context);
     server::run(settings, worker, move || model.load(context))
-}
-
-/// Bytes that programs may still take, where the system says so (Linux).
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 /// Log lines to standard error.
