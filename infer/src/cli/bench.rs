@@ -13,7 +13,7 @@ use crate::engine::{EngineError, PREFILL_CHUNK, to_host};
 use crate::interrupt::{self, Busy};
 use crate::parallel::on_pool;
 use crate::statistics::{deviation, mean};
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use m1_kernels::base::pool;
 use m1_model::checkpoint::WeightDtype;
 use m1_model::device::OpenDevice;
@@ -95,6 +95,13 @@ pub struct Args {
     json: bool,
 }
 
+impl Args {
+    /// Threads on the CPU.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(pool::threads, usize::from)
+    }
+}
+
 /// Forms of the results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Output {
@@ -114,10 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ensure!(args.threads.is_none(), "--threads counts on the CPU only; add --device cpu");
         return measure(args, subject, tests, device, None);
     }
-    // Burn's own operations use rayon's threads, ours the pool's.
-    let threads = args.threads.map_or_else(pool::threads, usize::from);
-    let rayon = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    rayon.with_context(|| format!("{threads} threads"))?;
+    let threads = args.threads();
     pool::with_threads(threads, || measure(args, subject, tests, device, Some(threads)))
 }
 

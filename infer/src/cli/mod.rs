@@ -10,7 +10,9 @@ pub mod logits;
 pub mod quantize;
 pub mod serve;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+use m1_kernels::base::{memory, pool};
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -45,12 +47,15 @@ enum Command {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    m1_kernels::base::memory::keep_freed();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,
     };
-    exit(match cli.command {
+    let threads = match &cli.command {
+        Command::Bench(args) => args.threads(),
+        _ => pool::threads(),
+    };
+    exit(prepare(threads).and_then(|()| match cli.command {
         Command::Chat(args) => chat::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
@@ -58,7 +63,14 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Inspect(args) => inspect::run(args),
-    })
+    }))
+}
+
+/// What a program does before it runs a command: it keeps the memory that is freed, and gives Burn's own operations, which are on
+/// rayon's threads, as many of them as the kernels' pool has. Once in a process.
+pub fn prepare(threads: usize) -> anyhow::Result<()> {
+    memory::keep_freed();
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().with_context(|| format!("{threads} threads"))
 }
 
 /// Reads the command line; a mistake in it is told in one line.

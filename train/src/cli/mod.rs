@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use m1_infer::cli::parse;
+use m1_infer::cli::{parse, prepare};
+use m1_kernels::base::pool;
 
 pub mod bench;
 pub mod cispo;
@@ -14,9 +15,17 @@ pub mod report;
 mod run_args;
 pub mod sft;
 
+const AFTER_HELP: &str = "\
+Examples:
+  m1-train pretrain --out runs/nano --steps 3000
+  m1-train cispo --model examples/m1-nano --out runs/cispo --config train/configs/laptop.toml
+  m1-train eval --model runs/cispo
+
+`m1-train COMMAND --help` tells more.";
+
 /// Train and evaluate models of the MiniMax-M1 architecture.
 #[derive(Debug, Parser)]
-#[command(name = "m1-train", version, about, arg_required_else_help = true)]
+#[command(name = "m1-train", version, about, arg_required_else_help = true, after_help = AFTER_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -35,11 +44,11 @@ enum Command {
 
 /// Parses the command line and runs it; a mistake in it is told in one line.
 pub fn run() -> anyhow::Result<ExitCode> {
-    m1_kernels::base::memory::keep_freed();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return Ok(status),
     };
+    prepare(pool::threads())?;
     match cli.command {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Sft(args) => sft::run(args),
@@ -64,9 +73,9 @@ pub fn told(error: &anyhow::Error) -> String {
     line
 }
 
-/// How many threads to use: as asked, or one a core.
+/// How many threads to use: as asked, or one a core (which `M1_THREADS` lowers).
 fn threads(asked: Option<u64>) -> usize {
-    asked.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), |n| n as usize)
+    asked.map_or_else(pool::threads, |n| n as usize)
 }
 
 /// A whole number of the command line.
