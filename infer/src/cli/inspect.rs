@@ -15,11 +15,14 @@ use serde_json::{Map, Value, json};
 
 /// Options of `m1 inspect`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Reads no weights. Where the directory lists its tensors (an index or model.safetensors), the exit status \
-is 1 if any is missing or unexpected, if only some of the files are there or, with all there, if a header is wrong. A \
-bare config.json, or an index without any of its files, is fine. Of a Hugging Face id's shards none is fetched."
-)]
+#[command(after_help = "Examples:
+  m1 inspect --model examples/m1-nano
+  m1 inspect --model MiniMaxAI/MiniMax-M1-40k      (fetches configuration and index, no shard)
+  m1 inspect --model DIR --context 131072 --json | jq .fits
+
+Reads no weights. Where the directory lists its tensors (an index or model.safetensors), the exit
+status is 1 if any is missing or unexpected, if only some of the files are there or, with all there,
+if a header is wrong. A bare config.json, or an index without any of its files, is fine.")]
 pub struct Args {
     /// Checkpoint directory (config.json and model.safetensors.index.json will do), or a Hugging Face id, owner/name
     #[arg(short, long, value_name = "DIR|ID")]
@@ -27,7 +30,7 @@ pub struct Args {
     #[command(flatten)]
     hub: HubArgs,
     /// Accepted as by every command; nothing is opened or run
-    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, hide = true)]
     device: DeviceChoice,
     /// One JSON object on stdout, every number a plain integer, names in full
     #[arg(long)]
@@ -226,17 +229,21 @@ fn table(report: &Value) -> String {
     let what = "weights and one sequence at that context";
     line("memory", format!("{} with weights in bf16, {} in f32: {what}", memory.0, memory.1));
     // A machine that takes no more than a smaller one says nothing new.
-    let mut before = 0;
+    let (mut before, mut several) = (0, false);
     for machine in report["fits"].as_array().into_iter().flatten() {
         let taken: Vec<_> = machine["weights"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         if taken.len() > before {
             before = taken.len();
+            several |= machine["devices"].as_u64() > Some(1);
             let taken = taken.join(", ").replace("_all", "").replace('_', " ");
             line("fits", format!("{}: {taken}", machine["name"].as_str().unwrap_or_default()));
         }
     }
     if before == 0 {
         line("fits", "none of the machines known here".into());
+    }
+    if several {
+        line("", "of several devices the sum counts; `m1` itself runs on one".into());
     }
     if report["tensors"]["listed"] == true {
         for (kind, names) in [("missing", missing), ("unexpected", unexpected)] {
@@ -313,7 +320,8 @@ mod tests {
         assert_eq!(report["cache_bytes_per_sequence"], 7 * 4 * 32 * 32 * 4);
         assert_eq!(report["cache_bytes_per_token"]["f32"], 2 * 2 * 32 * 4);
         assert_eq!(report["cache_bytes_at_context"], 7 * 4 * 32 * 32 * 4 + 100 * 2 * 2 * 32 * 4);
-        assert!(table(&report).contains("no weights here"));
+        let table = table(&report);
+        assert!(table.contains("no weights here") && !table.contains("several devices"), "{table}");
         run(args).unwrap();
     }
 
@@ -342,6 +350,7 @@ mod tests {
         assert_eq!(holds("8 × 141 GB")[0], "bf16");
         let table = table(&report);
         assert!(table.contains("4 × 80 GB: int4 experts, int4\n"), "{table}");
+        assert!(table.contains("`m1` itself runs on one\n"), "{table}");
     }
 
     #[test]
