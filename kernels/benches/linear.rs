@@ -1,5 +1,5 @@
-//! Matrix products on the CPU: f32 and bf16 beside the register-only rate, packed weights beside a plain read of as many
-//! bytes, training shapes beside Burn's own product, and what a fork and join costs.
+//! Matrix products on the CPU: f32 and bf16 beside the register-only rate, packed weights in every format beside a plain read of
+//! f32's bytes, training shapes beside Burn's own product, and what a fork and join costs.
 //!
 //! `cargo bench --manifest-path kernels/benches/Cargo.toml --bench linear [registers|product|stream|train|bf16|pool]`; `M1_THREADS` and `M1_SIMD` as
 //! everywhere. Elements are floating-point operations (Gelem/s: GFLOP/s).
@@ -81,6 +81,8 @@ mod registers {
     }
 }
 
+const FORMATS: [Format; 4] = [Format::F32, Format::Bf16, Format::Int8 { block: 32 }, Format::Int4 { block: 32 }];
+
 fn products(c: &mut Criterion) {
     for [m, n, k] in [[512, 1024, 2048], [2048, 2048, 2048], [64, 512, 1024], [128, 1024, 1024], [512, 512, 512]] {
         let (a, b) = (noise(m * k, 1), noise(k * n, 2));
@@ -95,7 +97,7 @@ fn products(c: &mut Criterion) {
                 bencher.iter(|| gemm::par_gemm(m, n, k, a, b, &mut sums, n, false));
             });
         }
-        for format in [Format::F32, Format::Bf16] {
+        for format in FORMATS {
             let row = |_: usize, r: usize, to: &mut [f32]| to.copy_from_slice(&b[r * k..][..k]);
             let w = LazyCell::new(|| Packed::pack(format, 1, n, k, &row).expect("packs"));
             group.bench_function(format!("packed {format:?}"), |bencher| {
@@ -109,8 +111,7 @@ fn products(c: &mut Criterion) {
 fn stream(c: &mut Criterion) {
     let (count, out, input) = (16, 4096, 4096);
     let numbers = LazyCell::new(|| noise(count * out * input, 3));
-    let bytes = |size: usize| Throughput::BytesDecimal((count * out * input * size) as u64);
-    group(c, "stream", bytes(4)).bench_function("plain read", |b| {
+    group(c, "stream", Throughput::BytesDecimal((count * out * input * 4) as u64)).bench_function("plain read", |b| {
         let numbers = &*numbers;
         b.iter(|| {
             let parts = 64;
@@ -126,7 +127,9 @@ fn stream(c: &mut Criterion) {
             });
         });
     });
-    for (format, size) in [(Format::F32, 4), (Format::Bf16, 2)] {
+    for format in FORMATS {
+        // What all of them take, from one panel: scales and padding count.
+        let panel = Packed::pack(format, 1, 32, input, &|_, _, to| to.fill(1.0)).expect("packs").bytes();
         let w = LazyCell::new(|| {
             let numbers = numbers.as_slice();
             let row = |matrix: usize, r: usize, to: &mut [f32]| {
@@ -134,7 +137,7 @@ fn stream(c: &mut Criterion) {
             };
             Packed::pack(format, count, out, input, &row).expect("packs")
         });
-        let mut group = group(c, "stream", bytes(size));
+        let mut group = group(c, "stream", Throughput::BytesDecimal((panel * (out / 32) * count) as u64));
         for (rows, exact) in [(1, false), (1, true), (2, false), (4, false), (8, false), (16, false)] {
             if exact && format == Format::F32 {
                 continue; // always is

@@ -1,13 +1,14 @@
-//! The operations on rows, beside the plain tensor operations that define them, on the CPU.
+//! The operations on rows, and the optimizer's step, beside the plain tensor operations that define them, on the CPU.
 //!
 //! `cargo bench --manifest-path kernels/benches/Cargo.toml --bench rows [FILTER]`; `M1_THREADS` and `M1_SIMD` as everywhere. Bytes are the memory traffic
 //! that the operation cannot avoid; log_prob counts the products' floating-point operations (Gelem/s: GFLOP/s).
 
-use std::cell::LazyCell;
+use std::cell::{Cell, LazyCell};
 
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{Criterion, Throughput};
 use m1_benches::group;
+use m1_kernels::adamw::{self, AdamWStep};
 use m1_kernels::base::packed::{Format, Packed};
 use m1_kernels::linear::Weight;
 use m1_kernels::{log_prob, rms_norm, rotary, silu};
@@ -132,6 +133,39 @@ fn log_probs(c: &mut Criterion, n: usize, vocab: usize, dim: usize) {
     back.bench_function("definition", |b| b.iter(|| train(false)));
 }
 
+/// One parameter, its gradient and moments; all but the gradient are written in place.
+fn optimizer(c: &mut Criterion, n: usize) {
+    type Step = fn(Tensor<1>, Tensor<1>, Tensor<1>, Tensor<1>, AdamWStep) -> (Tensor<1>, Tensor<1>, Tensor<1>);
+    let step =
+        AdamWStep { lr: 1e-5, beta_1: 0.9, beta_2: 0.95, epsilon: 1e-15, weight_decay: 0.1, time: 10, scale: 0.5 };
+    let flat = || draw([1, n]).reshape([n]);
+    let inputs = LazyCell::new(|| {
+        let zeros = || Tensor::zeros([n], &Device::flex());
+        (flat(), Cell::new(Some((flat(), zeros(), zeros()))))
+    });
+    let mut forward = group(c, &format!("adamw {n}"), Throughput::BytesDecimal((7 * n * 4) as u64));
+    for (name, f) in [("ours", adamw::adamw as Step), ("definition", adamw::reference::adamw)] {
+        forward.bench_function(name, |b| {
+            let (gradient, kept) = &*inputs;
+            b.iter(|| {
+                let (value, m, v) = kept.take().unwrap_or_else(|| unreachable!("put back below"));
+                kept.set(Some(f(value, gradient.clone(), m, v, step)));
+            });
+        });
+    }
+    drop(forward);
+    let mut squares = group(c, &format!("sum_of_squares {n}"), Throughput::BytesDecimal((n * 4) as u64));
+    for (name, f) in [
+        ("ours", adamw::sum_of_squares as fn(Tensor<1>) -> Tensor<1>),
+        ("definition", adamw::reference::sum_of_squares),
+    ] {
+        squares.bench_function(name, |b| {
+            let (gradient, _) = &*inputs;
+            b.iter(|| f(gradient.clone()));
+        });
+    }
+}
+
 fn main() {
     let mut c = m1_benches::criterion();
     for size in [[1, 6144], [64, 6144], [2048, 768], [2048, 6144]] {
@@ -141,5 +175,9 @@ fn main() {
     rotation(&mut c, 2048, 8, 128);
     log_probs(&mut c, 16, 32_000, 768);
     log_probs(&mut c, 512, 32_000, 768);
+    // As many as fit the caches, and a stack of small's experts.
+    for n in [128 * 256, 8 * 512 * 1024] {
+        optimizer(&mut c, n);
+    }
     c.final_summary();
 }
