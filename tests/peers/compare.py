@@ -13,7 +13,7 @@ parser.add_argument("--models", required=True)
 parser.add_argument("--libraries", required=True, help="folder with llama.cpp's libraries")
 parser.add_argument("--results", required=True)
 parser.add_argument("--repetitions", default="3")
-parser.add_argument("--only", default="", help="comma-separated words; a case must have one of them in its name, or end with it if a $ follows")
+parser.add_argument("--only", default="", help="comma-separated words; a case must have one of them in its name (`small bf16 tg128 @ d4096`), or end with it if a $ follows")
 parser.add_argument("--engines", default="m1,llama,hf")
 a = parser.parse_args()
 
@@ -37,11 +37,14 @@ def run(command, extra):
     return lines
 
 
-#            tests, repetitions
+ALL, LONG = ("f32,bf16,int8,int4", "m1,llama,hf"), ("bf16", "m1,llama")
+#       tests, repetitions, formats and engines: a long context takes minutes to fill, transformers' longer still
 CASES = {
     "nano": [],
-    "small": [("pp512,pp2048", 0), ("tg128", 0), ("tg128 @ d4096", 0), ("pp8192", 2), ("tg128 @ d16384", 2)],
-    "base": [("pp512", 0), ("tg128", 0), ("pp2048", 2), ("tg128 @ d4096", 2)],
+    "small": [("pp512,pp2048", 0, *ALL), ("tg128", 0, *ALL), ("tg128 @ d4096", 0, *ALL), ("pp8192", 2, *ALL), ("tg128 @ d16384", 2, *ALL),
+              ("tg128 @ d100000", 2, *LONG)],
+    "base": [("pp512", 0, *ALL), ("tg128", 0, *ALL), ("pp2048", 2, *ALL), ("tg128 @ d4096", 2, *ALL), ("tg128 @ d16384", 2, *LONG),
+             ("tg128 @ d100000", 2, *LONG)],
 }
 #         ours: directory and flags; llama.cpp; transformers
 FORMATS = {
@@ -74,18 +77,19 @@ def limits(tests):
 
 
 for size in a.sizes:
-    for tests, repetitions in CASES[size]:
+    for tests, repetitions, formats, engines in CASES[size]:
         for name, ((stored, flags), gguf, hf) in FORMATS.items():
-            if not wanted(f"{size} {name} {tests}"):
+            if name not in formats.split(",") or not wanted(f"{size} {name} {tests}"):
                 continue
             r = str(repetitions or a.repetitions)
+            measured = set(engines.split(",")) & set(a.engines.split(","))
             case = {"model": size, "format": name} | limits(tests)
-            if "m1" in a.engines:
+            if "m1" in measured:
                 run([os.path.join(a.m1, "m1"), "bench", "--model", model(f"{size}-{stored}"), "--device", "cpu", "-r", r, "-o", "jsonl"] + flags + ours(tests),
                     case | {"engine": "m1"})
-            if "llama" in a.engines:
+            if "llama" in measured:
                 run(script("llama.py") + ["bench", a.libraries, model(f"{size}-{gguf}.gguf"), tests, "--repetitions", r], case)
-            if "hf" in a.engines and hf:
+            if "hf" in measured and hf:
                 run(script("hf.py") + ["bench", model(f"{size}-f32"), hf, tests, "--repetitions", r], case)
     if size != "base" and wanted(f"{size} train"):
         case = {"model": size, "format": "f32"} | limits("train")

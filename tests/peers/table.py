@@ -2,11 +2,14 @@
 
     python table.py results.jsonl
 
-The last line of a case stands. The bound of a decode is the rate of reading memory over the bytes of weights that a token reads; of
-prefill and training, the rate of PyTorch's product of 2048 x 2048 matrices in that dtype against SPEC §5's count of FLOPs. Both rates are those
-measured right before the case (a shared host is not the same machine from minute to minute).
+The last line of a case stands. The bound of a decode is the rate of reading memory over the bytes that a token reads: its weights, and the
+keys and values of all tokens before it (in f32, as m1 keeps them). That of prefill and training is the highest of three rates in that dtype,
+PyTorch's and OpenBLAS's product of 2048 x 2048 matrices and multiply-adds on registers alone, against the FLOPs that m1 counts
+(model/src/flops.rs). All rates are those measured right before the case (a shared host is not the same machine from minute to minute).
 """
 import json, statistics, sys
+
+from checkpoint import config
 
 lines = [json.loads(line) for path in sys.argv[1:] for line in open(path)]
 cells = {}
@@ -33,6 +36,12 @@ def order(key):
             int("".join(filter(str.isdigit, kind))), ["f32", "bf16", "int8", "int4"].index(format))
 
 
+def kv_bytes(size):
+    """Keys and values of a token, in f32."""
+    c = config(size, "f32")
+    return 2 * 4 * sum(c["attn_type_list"]) * c["num_key_value_heads"] * c["head_dim"]
+
+
 for key in sorted(cells, key=order):
     model, format, test = key
     by = cells[key]
@@ -40,11 +49,13 @@ for key in sorted(cells, key=order):
     m1, peers = rate("m1"), [r for r in (rate("llama.cpp"), rate("transformers")) if r]
     bound = None
     if "m1" in by:
-        if bytes_ := by["m1"].get("weight_bytes_per_token") if test.startswith("tg") else None:
-            bound = by["m1"]["limits"].get("read", 0) * 1e9 / bytes_
-        elif flops := by["m1"].get("gflop_per_s"):
+        ours, limits = by["m1"], by["m1"]["limits"]
+        if test.startswith("tg"):
+            bytes_ = ours["weight_bytes_per_token"] + kv_bytes(model) * (ours["n_depth"] + ours["n_gen"] / 2)
+            bound = limits.get("read", 0) * 1e9 / bytes_
+        elif flops := ours.get("gflop_per_s"):
             # int8 and int4 weights have no rate of their own here.
-            bound = by["m1"]["limits"].get(f"{format} matrix, PyTorch", 0) / (flops / m1)
+            bound = max(limits.get(f"{format} {what}", 0) for what in ("matrix, PyTorch", "matrix, OpenBLAS", "multiply-adds")) / (flops / m1)
     show = lambda x, d=0: "" if not x else f"{x:,.{d}f}"
     digits = 1 if max([m1 or 0] + peers) < 100 else 0
     noise = " *" if any(x.get("others", 0) > 0.05 for x in by.values()) else ""
