@@ -19,6 +19,7 @@ pub mod rotary;
 pub mod silu;
 pub mod softmax_attention;
 
+pub(crate) use base::simd::simd;
 use burn::tensor::{DType, Tensor};
 
 /// `x` in `dtype`; the tensor itself when it already is.

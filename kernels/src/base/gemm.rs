@@ -54,24 +54,11 @@ const ROW_STRIDE: usize = K_BLOCK + 16;
 /// from 512 on the rows of a block compete for the same places of the cache, and it is up to 3 % slower.
 const IN_PLACE: usize = 512;
 
-/// `c = (add ? c : 0) + a · b`, with `a [m, k]`, `b [k, n]` and rows of `c` `ldc` apart, on this thread. Each element is one chain of
-/// multiply-adds along k, beginning with `c` if `add`, whatever m and n are.
+/// `c = (add ? c : 0) + a · b`, with `a [m, k]`, `b [k, n]` and rows of `c` `ldc` apart, at this thread's level on the pool. Each
+/// element is one chain of multiply-adds along k, beginning with `c` if `add`, whatever m and n are.
 ///
 /// # Panics
 /// If a matrix is larger than its data.
-#[allow(clippy::too_many_arguments)]
-pub fn gemm(level: Level, m: usize, n: usize, k: usize, a: Mat, b: Mat, c: &mut [f32], ldc: usize, add: bool) {
-    if !check(m, n, k, &a, &b, c, ldc, add) {
-        return;
-    }
-    // SAFETY: `check` has seen that the target lies inside `c`, which is borrowed.
-    unsafe { blocks(level, m, n, k, a, b, SendPtr(c.as_mut_ptr()), ldc, add) }
-}
-
-/// [`gemm`] at this thread's level on the pool; the same bits.
-///
-/// # Panics
-/// As [`gemm`].
 #[allow(clippy::too_many_arguments)]
 pub fn par_gemm(m: usize, n: usize, k: usize, a: Mat, b: Mat, c: &mut [f32], ldc: usize, add: bool) {
     if !check(m, n, k, &a, &b, c, ldc, add) {

@@ -4,6 +4,7 @@
 //! instructions at whatever level of SIMD the caller is compiled for. `FMA` says whether that level has fused
 //! multiply-add: without it `f32::mul_add` would be a library call. A lane's result depends on that lane alone.
 
+use super::simd::Level;
 use crate::simd;
 
 /// The lanes that elementwise code works on: one AVX-512 register, two of AVX2, four of SSE2.
@@ -93,13 +94,17 @@ pub fn silu_derivative<const FMA: bool>(x: Lanes) -> Lanes {
     })
 }
 
+/// `y[i] = e^(x[i] - shift)`, and their sum in f64. The bits of a value depend on nothing beside it; those of the sum on all
+/// values and their places. A level that this machine has not is lowered to the best it has.
+///
+/// # Panics
+/// If `y` is shorter than `x`.
+pub fn exps(level: Level, x: &[f32], shift: f32, y: &mut [f32]) -> f64 {
+    exps_at(level.here(), x, shift, y)
+}
+
 simd! {
-    /// `y[i] = e^(x[i] - shift)`, and their sum in f64. The bits of a value depend on nothing beside it; those of the sum
-    /// on all values and their places.
-    ///
-    /// # Panics
-    /// If `y` is shorter than `x`.
-    pub fn exps(x: &[f32], shift: f32, y: &mut [f32]) -> f64 = exps_body;
+    fn exps_at(x: &[f32], shift: f32, y: &mut [f32]) -> f64 = exps_body;
 }
 
 #[inline(always)]

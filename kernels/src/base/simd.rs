@@ -2,7 +2,7 @@
 //! kernels are written in.
 //!
 //! Elementwise code is written once, as an `#[inline(always)]` body over `[f32; 16]` chunks, and compiled per level by
-//! [`simd!`](crate::simd). Matrix kernels need to say which registers they use: they are generic over [`Vector`].
+//! `simd!`. Matrix kernels need to say which registers they use: they are generic over [`Vector`].
 
 use half::bf16;
 use std::cell::Cell;
@@ -21,6 +21,14 @@ pub enum Level {
     Avx512Bf16,
     /// [`Level::Avx512Bf16`] with AMX tiles for bf16 and int8, which the system has to grant.
     Amx,
+}
+
+impl Level {
+    /// The level, or the best that this machine has if that is lower. Public functions that take a level ask here, as anybody can
+    /// name any.
+    pub(crate) fn here(self) -> Self {
+        self.min(detected())
+    }
 }
 
 thread_local! {
@@ -65,9 +73,24 @@ pub fn with_level<R>(level: Level, f: impl FnOnce() -> R) -> R {
 fn default_level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let asked = std::env::var("M1_SIMD").unwrap_or_default();
-        let level = ALL.into_iter().find(|(name, _)| *name == asked).map_or(Level::Amx, |(_, level)| level);
-        level.min(detected())
+        let asked = std::env::var_os("M1_SIMD").unwrap_or_default();
+        let level = named(&asked.to_string_lossy()).unwrap_or_else(|error| {
+            eprintln!("{error}");
+            Level::Amx
+        });
+        level.here()
+    })
+}
+
+/// The level of this name; the highest for none.
+fn named(name: &str) -> Result<Level, String> {
+    if name.is_empty() {
+        return Ok(Level::Amx);
+    }
+    let known = ALL.into_iter().find(|(known, _)| *known == name);
+    known.map(|(_, level)| level).ok_or_else(|| {
+        let names = ALL.map(|(name, _)| name).join(", ");
+        format!("M1_SIMD={name} is none of {names}: the best that the processor has is used")
     })
 }
 
@@ -113,7 +136,6 @@ fn detect() -> Level {
 ///
 /// `FMA` says whether `f32::mul_add` is one instruction; where it is not, write `a * b + c` (it would call the C library).
 /// A result type may follow the arguments.
-#[macro_export]
 macro_rules! simd {
     ($(#[$attr:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $body:ident;) => {
         $(#[$attr])*
@@ -145,6 +167,8 @@ macro_rules! simd {
         }
     };
 }
+
+pub(crate) use simd;
 
 /// A register of 32-bit lanes.
 ///
@@ -486,6 +510,13 @@ mod tests {
             assert_eq!(with_level(l, level), l);
         }
         assert_eq!(level(), before);
+    }
+
+    #[test]
+    fn levels_have_names() {
+        assert_eq!((named(""), named("avx2"), named("amx")), (Ok(Level::Amx), Ok(Level::Avx2), Ok(Level::Amx)));
+        let told = named("AVX2").unwrap_err();
+        assert!(told.starts_with("M1_SIMD=AVX2 is none of portable, avx2, avx512, avx512bf16, amx:"), "{told}");
     }
 
     simd! {
