@@ -22,8 +22,40 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{AddressType, ElemType, FloatKind};
 use cubecl::prelude::*;
 
+use super::device::MAX_ELEMENTS;
+
 /// Rows and columns of a tensor-core fragment.
 pub const FRAGMENT: usize = 16;
+
+/// What a device can number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// Elements of a tensor: WGSL counts in 32 bits, CUDA in 64 where it must ([`addresses`]).
+    pub elements: usize,
+    /// Cubes of a launch along x, y and z.
+    pub cubes: [usize; 3],
+}
+
+impl Reach {
+    /// That of the device behind `client`.
+    pub fn of(client: &Client) -> Self {
+        let properties = client.properties();
+        let wide = properties.supports_address(AddressType::U64);
+        let (x, y, z) = properties.hardware.max_cube_count;
+        Self { elements: if wide { usize::MAX } else { MAX_ELEMENTS }, cubes: [x, y, z].map(|n| n as usize) }
+    }
+
+    /// Whether kernels can number the elements of a tensor of this shape.
+    pub fn holds(&self, shape: &[usize]) -> bool {
+        let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        count.is_some_and(|n| n <= self.elements)
+    }
+
+    /// Whether so many cubes can be launched.
+    pub fn launches(&self, cubes: [usize; 3]) -> bool {
+        cubes.iter().zip(&self.cubes).all(|(n, most)| n <= most)
+    }
+}
 
 /// The units that work on one cube's tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -131,10 +163,10 @@ pub fn constant(like: &CubeTensor, values: &[u32]) -> CubeTensor {
     kept.entry((like.device.clone(), values.to_vec())).or_insert_with(|| words(like, values)).clone()
 }
 
-/// The limits of the device where `x` lies, if CubeCL runs it, with or without autodiff.
-pub fn limits<const D: usize>(x: &Tensor<D>) -> Option<Limits> {
+/// The limits and the reach of the device where `x` lies, if CubeCL runs it, with or without autodiff.
+pub fn limits<const D: usize>(x: &Tensor<D>) -> Option<(Limits, Reach)> {
     match x.device().without_autodiff().as_dispatch() {
-        DispatchDevice::Cube(device) => Some(Limits::of(&device.client())),
+        DispatchDevice::Cube(device) => Some((Limits::of(&device.client()), Reach::of(&device.client()))),
         _ => None,
     }
 }

@@ -131,7 +131,18 @@ pub fn lanes<N: Size>(value: Vector<f32, N>) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::vector;
+    use cubecl::prelude::CubeCount;
+
+    use super::{spread, vector};
+
+    #[test]
+    fn cubes_are_spread_below_what_an_axis_holds() {
+        for cubes in [0, 1, 32_768, 32_769, 65_536, 1 << 24, (1 << 31) / 256] {
+            let CubeCount::Static(x, y, z) = spread(cubes) else { panic!("counted on the host") };
+            assert!([x, y, z].iter().all(|&n| n <= 65_535), "{cubes}");
+            assert!((x * y * z) as usize >= cubes && (x * y * z) as usize <= cubes + 32_768, "{cubes}");
+        }
+    }
 
     #[test]
     fn vectors_divide_the_row() {

@@ -20,24 +20,42 @@ use self::decode::{Decode, lightning_decode_heads, lightning_decode_norm, lightn
 use self::scan::{Direction, Scan, lightning_scan};
 use super::{BlockPlan, LightningAttentionBackend};
 use crate::base::cube::{
-    Limits, addresses, constant, empty, empty_tokens_first, has_fragments, limits, packed_rows, stored, swapped, words,
+    Limits, Reach, addresses, constant, empty, empty_tokens_first, has_fragments, limits, packed_rows, stored, swapped,
+    words,
 };
 
 /// Whether the kernels take these: on a cube device, in f32, f16 or bf16, with tiles for this size of head that fit.
 pub fn takes(qkv: &Tensor<4>) -> bool {
-    let [rows, heads, _, width] = qkv.dims();
+    let dim = qkv.dims()[3] / 3;
     stored(qkv.dtype())
-        && rows.max(heads) <= u16::MAX as usize
-        && limits(qkv).is_some_and(|limits| Scan::fitting(&limits, width / 3, false, Direction::Forward).is_some())
+        && limits(qkv).is_some_and(|(limits, reach)| {
+            within(&reach, qkv.dims()) && Scan::fitting(&limits, dim, false, Direction::Forward).is_some()
+        })
 }
 
 /// Whether the decode kernels take these; see [`super::decode`].
 pub fn takes_decode(qkv: &Tensor<2>, state: &Tensor<4>) -> bool {
-    let [rows, heads, dim, _] = state.dims();
+    let [_, heads, dim, _] = state.dims();
     stored(qkv.dtype())
         && state.dtype() == DType::F32
-        && rows.max(heads) <= u16::MAX as usize
-        && limits(qkv).is_some_and(|limits| Decode::fitting(&limits, heads, dim).is_some())
+        && limits(qkv).is_some_and(|(limits, reach)| {
+            decode_within(&reach, state.dims()) && Decode::fitting(&limits, heads, dim).is_some()
+        })
+}
+
+/// Whether a device numbers the elements of `qkv [rows, heads, tokens, 3 · dim]`, of its gradient and of the states, and the
+/// cubes of a pass, of which there are at most `dim` for each row and head.
+fn within(reach: &Reach, [rows, heads, tokens, width]: [usize; 4]) -> bool {
+    let dim = width / 3;
+    reach.holds(&[rows, heads, tokens, width])
+        && reach.holds(&[rows, heads, dim, dim])
+        && reach.launches([dim, heads, rows])
+}
+
+/// The same of a decode step with `state [rows, heads, dim, dim]`; a row's projections count three for each of its outputs, a
+/// state `dim`.
+fn decode_within(reach: &Reach, [rows, heads, dim, _]: [usize; 4]) -> bool {
+    reach.holds(&[rows, heads, dim, dim.max(3)]) && reach.launches([dim.max(rows), heads, rows])
 }
 
 fn slope_bits(slopes: &[f64]) -> Vec<u32> {
@@ -241,5 +259,26 @@ impl LightningAttentionBackend for CubeBackend {
             }
         }
         (y, after.unwrap_or(state))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Reach, decode_within, within};
+
+    #[test]
+    fn sizes_that_a_device_cannot_number_are_refused() {
+        let narrow = Reach { elements: 1 << 31, cubes: [65_535; 3] };
+        let wide = Reach { elements: usize::MAX, cubes: [i32::MAX as usize, 65_535, 65_535] };
+        // M1: 64 heads of 128. 87 381 tokens are the most below 2^31 values of q, k and v.
+        assert!(within(&narrow, [1, 64, 87_381, 384]) && !within(&narrow, [1, 64, 87_382, 384]));
+        assert!(within(&wide, [1, 64, 1 << 20, 384]));
+        // States alone: 2048 rows of 64 heads.
+        assert!(within(&narrow, [2048, 64, 1, 384]) && !within(&narrow, [2049, 64, 1, 384]));
+        assert!(decode_within(&narrow, [2048, 64, 128, 128]) && !decode_within(&narrow, [2049, 64, 128, 128]));
+        assert!(decode_within(&wide, [2049, 64, 128, 128]));
+        // Rows and heads are axes of a launch, the step's rows the first of them too.
+        assert!(decode_within(&narrow, [65_535, 1, 1, 1]) && !decode_within(&wide, [65_536, 1, 1, 1]));
+        assert!(!decode_within(&narrow, [1, 65_536, 1, 1]) && !within(&wide, [1, 65_536, 1, 24]));
     }
 }

@@ -22,7 +22,10 @@ use cubecl::zspace::metadata::Metadata;
 use self::attend::{Attend, Finish, Split, softmax_attend, softmax_join};
 use self::backward::{Backward, softmax_backward_keys, softmax_backward_queries, softmax_backward_rows};
 use super::{KeyValueBlocks, KeyValues, SoftmaxAttentionBackend};
-use crate::base::cube::{Limits, addresses, empty, empty_tokens_first, has_fragments, limits, packed_rows, stored};
+use crate::base::cube::{
+    Limits, Reach, addresses, empty, empty_tokens_first, has_fragments, limits, packed_rows, stored,
+};
+use crate::base::gpu::spread;
 
 /// Keys per piece when a cache is split.
 const PIECE: usize = 256;
@@ -32,7 +35,7 @@ const BUSY: usize = 128;
 
 /// Whether the kernels take these: on a cube device, in f32, f16 or bf16, with tiles for this size of head that fit.
 pub fn takes(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
-    let [rows, heads, _, dim] = q.dims();
+    let [rows, heads, tokens, dim] = q.dims();
     let Some(first) = blocks.first() else { return false };
     let (dtype, kv_heads) = (first.keys.dtype(), first.keys.dims()[1]);
     let alike = |x: &Tensor<4>| x.dtype() == dtype && x.dims()[1] == kv_heads;
@@ -40,12 +43,27 @@ pub fn takes(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
         && stored(dtype)
         && kv_heads > 0
         && blocks.iter().all(|block| alike(&block.keys) && alike(&block.values))
-        && rows.max(heads) <= u16::MAX as usize
-        && limits(q).is_some_and(|limits| {
+        && limits(q).is_some_and(|(limits, reach)| {
             let group = heads / kv_heads;
-            Attend::fitting(&limits, dim, group, 64, false).is_some()
-                && Backward::fitting(&limits, dim, group, false).is_some()
+            let longest = blocks.iter().map(|block| block.keys.dims()[2]).max().unwrap_or(0);
+            let forward = |fragments| Attend::fitting(&limits, dim, group, group * tokens, fragments);
+            let backward = |fragments| Backward::fitting(&limits, dim, group, fragments);
+            let fits = forward(false).is_some() && backward(false).is_some();
+            // The smallest tiles that a launch may be cut into.
+            let tiles = [false, true].into_iter().filter_map(|fragments| {
+                let (f, b) = (forward(fragments)?.queries, backward(fragments)?);
+                Some(if q.device().is_autodiff() { f.min(b.queries).min(b.keys) } else { f })
+            });
+            fits && within(&reach, [rows, heads, tokens, dim], [kv_heads, longest], tiles.min().unwrap_or(1))
         })
+}
+
+/// Whether a device numbers the elements of `q [rows, heads, tokens, dim]` and of keys `[rows, kv_heads, keys, dim]`, and the
+/// cubes of a launch, each of `tile` queries of a key head (or fewer, if those are all).
+fn within(reach: &Reach, q: [usize; 4], [kv_heads, keys]: [usize; 2], tile: usize) -> bool {
+    let [rows, heads, tokens, dim] = q;
+    let tiles = (heads / kv_heads.max(1) * tokens.max(1)).div_ceil(tile.max(1));
+    reach.holds(&q) && reach.holds(&[rows, kv_heads, keys, dim]) && reach.launches([tiles, heads, rows])
 }
 
 /// Blocks of keys and values that one launch binds if there are several, beside the queries, the outputs and the statistics;
@@ -158,10 +176,11 @@ fn forward(
     let p = Attend { blocks: if whole && tiles > 1 { 1 } else { pairs }, ..p };
 
     let all: usize = lengths.iter().sum();
-    let split = !log_sum && tiles == 1 && kv_heads * rows < BUSY && all > PIECE;
+    let slots = lengths.len() * longest.div_ceil(PIECE);
+    let reach = Reach::of(&q.client);
+    let held = reach.holds(&[slots, rows, heads, tokens, dim]) && reach.launches([slots, heads, rows]);
+    let split = !log_sum && tiles == 1 && kv_heads * rows < BUSY && all > PIECE && held;
     if split {
-        let pieces = longest.div_ceil(PIECE);
-        let slots = lengths.len() * pieces;
         let parts = empty(q, &[slots, rows, heads, tokens, dim], DType::F32);
         let stats = empty(q, &[slots, rows, heads, tokens, 2], DType::F32);
         let call = Call { q, out: &parts, stats: &stats, past, operand };
@@ -269,7 +288,7 @@ impl SoftmaxAttentionBackend for CubeBackend {
         unsafe {
             softmax_backward_rows::launch_unchecked(
                 &client,
-                CubeCount::Static(queries.div_ceil(p.team.units) as u32, 1, 1),
+                spread(queries.div_ceil(p.team.units)),
                 units,
                 address,
                 o.into_tensor_arg(),
@@ -314,6 +333,25 @@ impl SoftmaxAttentionBackend for CubeBackend {
 
 #[cfg(test)]
 mod tests {
+    use super::{Reach, within};
+
+    #[test]
+    fn sizes_that_a_device_cannot_number_are_refused() {
+        let narrow = Reach { elements: 1 << 31, cubes: [65_535; 3] };
+        let wide = Reach { elements: usize::MAX, cubes: [i32::MAX as usize, 65_535, 65_535] };
+        // M1: 64 heads of 128 over 8 of keys. Tokens of q are the most below 2^31 values.
+        let q = |tokens: usize| [1, 64, tokens, 128];
+        assert!(within(&narrow, q(1 << 18), [8, 1 << 18], 64) && !within(&narrow, q((1 << 18) + 1), [8, 1 << 18], 64));
+        assert!(within(&wide, q(1 << 20), [8, 1 << 20], 64));
+        // One query of a long cache: keys alone.
+        assert!(within(&narrow, q(1), [8, 1 << 21], 64) && !within(&narrow, q(1), [8, (1 << 21) + 1], 64));
+        // Tiles of queries are the first axis of a launch: 8 · tokens / 4 of them.
+        let few = |tokens: usize| within(&narrow, [1, 8, tokens, 8], [1, tokens], 4);
+        assert!(few(32_767) && !few(32_768));
+        // Heads and rows are the others.
+        assert!(!within(&wide, [65_536, 1, 1, 8], [1, 1], 4) && !within(&wide, [1, 65_536, 1, 8], [65_536, 1], 4));
+    }
+
     #[test]
     fn launches_bind_what_the_device_allows() {
         assert_eq!((super::pairs(7, true), super::pairs(7, false)), (2, 2));
