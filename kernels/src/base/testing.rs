@@ -1,5 +1,7 @@
 //! What the operations' tests share.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::pool::with_threads;
@@ -36,6 +38,15 @@ pub(crate) fn assert_close<const D: usize>(got: Tensor<D>, expected: Tensor<D>, 
         let close = (got - expected).abs() <= tolerance * (1.0 + expected.abs());
         assert!(equal || close, "{what}: element {i} is {got}, not {expected}");
     }
+}
+
+/// Asserts that `f` panics, with a message that has `part` in it.
+#[track_caller]
+pub(crate) fn assert_panics<R>(part: &str, f: impl FnOnce() -> R) {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(f)) else { panic!("no panic that says {part:?}") };
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    let message = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    assert!(message.contains(part), "{message:?} does not say {part:?}");
 }
 
 /// Runs `test` at every level of SIMD that this machine has.

@@ -276,7 +276,10 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
     match &routing.choices.0 {
         Made::OnHost(choices) => check(choices, k, count),
         #[cfg(any(feature = "wgpu", feature = "cuda"))]
-        Made::OnDevice(_) => {}
+        Made::OnDevice(plan) => {
+            let chosen = plan.layout().sizes();
+            assert_eq!(chosen, [tokens, k, count], "the device chose for other tokens, ranks or experts than these");
+        }
     }
     if !slots_fit(tokens, k) {
         panic!("{tokens} tokens × {k} experts are more slots than an index of 32 bits has");
@@ -309,7 +312,7 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
         }
         (Weight::Tensor(w1), Weight::Tensor(w2), Weight::Tensor(w3))
             if [w1, w2, w3].into_iter().all(|w| on_cube(w) && w.dtype() == w1.dtype())
-                && device::indexable(&[tokens, k, hidden.max(2 * ffn)]) =>
+                && indexable(tokens * k, hidden, ffn) =>
         {
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             if let Some(plan) = routing.choices.on_device()
@@ -331,7 +334,7 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
             if on_cube(&x)
                 && !(x.device().is_autodiff() || routing.shares.device().is_autodiff())
                 && [w1, w2, w3].into_iter().all(|w| w.indexable() && w.format() == w1.format())
-                && device::indexable(&[tokens, k, hidden.max(2 * ffn)]) =>
+                && indexable(tokens * k, hidden, ffn) =>
         {
             cube::experts_quantized(x, routing, [w1, w2, w3])
         }
@@ -342,6 +345,12 @@ pub fn experts(x: Tensor<2>, routing: &Routing, weights: &ExpertsWeights) -> Ten
 /// Whether `tokens × k` slots can be numbered by the reference's and the devices' i32 indices.
 fn slots_fit(tokens: usize, k: usize) -> bool {
     tokens.checked_mul(k).is_some_and(|slots| slots <= i32::MAX as usize)
+}
+
+/// Whether a device's kernels can number what lies between the products: a row of `hidden` for every slot, and gate and up of
+/// `ffn` beside each other. The inputs are smaller, and the weights see to themselves.
+fn indexable(slots: usize, hidden: usize, ffn: usize) -> bool {
+    device::indexable(&[slots, hidden.max(ffn.saturating_mul(2))])
 }
 
 #[cfg(test)]

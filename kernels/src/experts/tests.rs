@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use super::*;
 use crate::base::packed::Format;
 use crate::base::testing::{
-    assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
 };
 
 const FORMATS: [Format; 6] = [
@@ -90,6 +90,40 @@ fn best_first_and_the_lower_number_wins_a_tie() {
 fn slots_are_numbered_by_i32() {
     assert!(slots_fit(1 << 30, 1) && slots_fit(0, 2) && slots_fit((1 << 30) - 1, 2));
     assert!(!slots_fit(1 << 30, 2) && !slots_fit(usize::MAX, 2));
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let size = (3, 2, 4, 32, 64);
+    let (case, device) = (Case::new(size, &Device::flex()), Device::flex());
+    let other = |count: usize, out: usize, input: usize| random::<3>([count, out, input], 6, &device);
+    for format in [None, Some(Format::F32), Some(Format::Int8 { block: 32 })] {
+        let weight = |w: Tensor<3>| format.map_or_else(|| w.clone().into(), |format| Weight::from(pack(format, &w)));
+        let weights = || {
+            let [w1, w2, w3] = case.w.clone().map(weight);
+            ExpertsWeights { w1, w2, w3 }
+        };
+        let run = |weights: ExpertsWeights| experts(case.x.clone(), &case.routing, &weights);
+        assert_panics("w1 is [experts, ffn, hidden]", || {
+            run(ExpertsWeights { w1: weight(other(4, 64, 64)), ..weights() })
+        });
+        assert_panics("w2 is [experts, hidden, ffn]", || {
+            run(ExpertsWeights { w2: weight(other(3, 32, 64)), ..weights() })
+        });
+        assert_panics("w3 is [experts, ffn, hidden]", || {
+            run(ExpertsWeights { w3: weight(other(4, 32, 32)), ..weights() })
+        });
+        let routing = Routing { shares: case.routing.shares.clone().narrow(1, 0, 1), ..case.routing.clone() };
+        assert_panics("the routing is of other tokens", || experts(case.x.clone(), &routing, &weights()));
+    }
+}
+
+#[test]
+fn what_the_kernels_cannot_number_is_left_to_the_reference() {
+    // A row for every slot, gate and up side by side: M1 has 6144 hidden and 9216 between.
+    assert!(indexable(116_508, 6144, 9216) && !indexable(116_509, 6144, 9216));
+    assert!(indexable(1 << 18, 1 << 13, 1) && !indexable((1 << 18) + 1, 1 << 13, 1));
+    assert!(!indexable(2, 1, usize::MAX));
 }
 
 #[test]

@@ -59,7 +59,11 @@ pub trait LinearPairBackend: Backend {
 
 /// `x [n, in] · weight [out, in]ᵀ -> [n, out]`: for a tensor in its dtype (`x` is cast to it first); for a packed weight with `x`
 /// rounded as the format asks, and an f32 result; for one that is quantized on a device in the dtype of `x`.
+///
+/// # Panics
+/// If a row of `x` is not as long as one of `weight`, or `weight` is packed and `x` not on the CPU.
 pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
+    check(&x, weight);
     match weight {
         Weight::Tensor(weight) => product(cast(x, weight.dtype()), weight.clone()),
         Weight::Packed(weight) => packed(x, weight, false),
@@ -68,7 +72,12 @@ pub fn linear(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
 }
 
 /// `x` through two weights, as [`linear`] with each; packed ones of one format in one pass, for which `x` is prepared once.
+///
+/// # Panics
+/// As [`linear`].
 pub fn linear_pair(x: Tensor<2>, first: &Weight<2>, second: &Weight<2>) -> (Tensor<2>, Tensor<2>) {
+    check(&x, first);
+    check(&x, second);
     match (first, second) {
         (Weight::Packed(first), Weight::Packed(second))
             if first.format() == second.format() && on_cpu(&x) && !x.device().is_autodiff() =>
@@ -82,7 +91,11 @@ pub fn linear_pair(x: Tensor<2>, first: &Weight<2>, second: &Weight<2>) -> (Tens
 }
 
 /// As [`linear`], but the product is taken in f32 whatever the weight is stored in: router and head (SPEC §2).
+///
+/// # Panics
+/// As [`linear`].
 pub fn linear_f32(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
+    check(&x, weight);
     let x = cast(x, DType::F32);
     match weight {
         Weight::Tensor(weight) => product(x, weight.clone()),
@@ -91,9 +104,21 @@ pub fn linear_f32(x: Tensor<2>, weight: &Weight<2>) -> Tensor<2> {
     }
 }
 
+/// # Panics
+/// If a row of `x` is not as long as one of `weight`.
+fn check(x: &Tensor<2>, weight: &Weight<2>) {
+    let (x, w) = (x.dims(), weight.dims());
+    assert_eq!(x[1], w[1], "x {x:?} does not go through a weight [out, in] of {w:?}");
+}
+
+/// Whether the kernels can number the elements of `x [n, in]`, `w [out, in]` and the result.
+fn indexable(x: [usize; 2], w: [usize; 2]) -> bool {
+    [x, w, [x[0], w[0]]].iter().all(|shape| device::indexable(shape))
+}
+
 fn product(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     let known = matches!((x.dtype(), w.dtype()), (DType::F32, DType::F32 | DType::BF16) | (DType::BF16, DType::BF16));
-    let on_device = on_cube(&w) && on_cube(&x) && device::indexable(&[x.dims()[0], w.dims()[0]]);
+    let on_device = on_cube(&w) && on_cube(&x) && indexable(x.dims(), w.dims());
     if known && on_cpu(&x) || on_device {
         Tensor::from_dispatch(<Dispatch as LinearBackend>::linear(x.into_dispatch(), w.into_dispatch()))
     } else {
@@ -112,7 +137,7 @@ fn packed(x: Tensor<2>, w: &Packed, exact: bool) -> Tensor<2> {
 
 fn quantized(x: Tensor<2>, w: &Quantized) -> Tensor<2> {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    if on_cube(&x) && !x.device().is_autodiff() && w.indexable() && device::indexable(&[x.dims()[0], w.dims()[1]]) {
+    if on_cube(&x) && !x.device().is_autodiff() && w.indexable() && indexable(x.dims(), [w.dims()[1], w.dims()[2]]) {
         return cube::linear_quantized(x, w);
     }
     let w = Weight::<2>::from(w.clone()).dense(0, &x.device());

@@ -1,10 +1,10 @@
 use burn::tensor::{DType, Device, Tensor};
 
-use super::{Weight, linear, linear_f32, linear_pair, reference};
+use super::{Quantized, Weight, linear, linear_f32, linear_pair, reference};
 use crate::base::packed::{Format, Packed};
 use crate::base::pool;
 use crate::base::testing::{
-    assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
 };
 
 fn device() -> Device {
@@ -153,6 +153,32 @@ fn strides_do_not_matter() {
     let expected = bits(linear(x.clone(), &half.clone().into()));
     let half = Tensor::cat(vec![half.clone(), half], 1).narrow(1, 0, 71);
     assert!(bits(linear(strided(x), &half.into())) == expected);
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let (x, w) = (random([3, 32], 1, &device()), random([5, 64], 2, &device()));
+    let format = Format::Int8 { block: 32 };
+    let zeros = |_: usize, _: usize, values: &mut [i8], _: &mut [half::f16]| values.fill(0);
+    let stored = Quantized::new(format, [1, 5, 64], &device(), &zeros).unwrap();
+    for weight in [w.clone().into(), w.clone().cast(DType::BF16).into(), pack(format, &w), stored.into()] {
+        let told = "x [3, 32] does not go through a weight [out, in] of [5, 64]";
+        assert_panics(told, || linear(x.clone(), &weight));
+        assert_panics(told, || linear_f32(x.clone(), &weight));
+        let fits = pack(format, &random([5, 32], 3, &device()));
+        assert_panics(told, || linear_pair(x.clone(), &fits, &weight));
+        assert_panics(told, || linear_pair(x.clone(), &weight, &fits));
+    }
+}
+
+#[test]
+fn what_the_kernels_cannot_number_is_left_to_the_reference() {
+    use super::indexable;
+    assert!(indexable([8, 6144], [200_064, 6144]) && indexable([1 << 15, 1 << 15], [1 << 16, 1 << 15]));
+    for (x, w) in [([1 << 16, 1 << 16], [1, 1 << 16]), ([1, 1 << 16], [1 << 16, 1 << 16]), ([1 << 16, 1], [1 << 16, 1])]
+    {
+        assert!(!indexable(x, w), "x {x:?}, w {w:?}");
+    }
 }
 
 #[test]

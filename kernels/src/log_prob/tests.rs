@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use super::{LogProbBackend, blockwise, reference};
 use crate::base::packed::{Format, Packed};
 use crate::base::testing::{
-    assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
 };
 
 use crate::linear::Weight;
@@ -304,8 +304,13 @@ fn blocks_of_tensor_operations_agree() {
 }
 
 #[test]
-#[should_panic(expected = "a target is not below 5")]
-fn a_target_outside_the_vocabulary_is_a_mistake() {
+fn arguments_that_do_not_agree_are_named() {
     let device = Device::flex();
-    log_prob(random([1, 2], 1, &device), random([5, 2], 2, &device), &[5], 1.0);
+    let run = |n: usize, dim: usize, targets: &[u32], temperature: f64| {
+        log_prob(random([n, dim], 1, &device), random([5, 2], 2, &device), targets, temperature)
+    };
+    assert_panics("a target is not below 5", || run(1, 2, &[5], 1.0));
+    assert_panics("one target per row of hidden", || run(2, 2, &[1], 1.0));
+    assert_panics("rows as wide as the head's", || run(1, 3, &[1], 1.0));
+    assert_panics("the temperature must be positive", || run(1, 2, &[1], 0.0));
 }

@@ -63,7 +63,11 @@ pub trait RmsNormBackend: Backend {
 /// `x · rsqrt(mean(x²) + eps) · weight` over the last dimension.
 ///
 /// `x [n, dim]` in any float dtype, `weight [dim]` in f32; the result has the dtype of `x`, rounded once at the end.
+///
+/// # Panics
+/// If `weight` is not as long as a row.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    check(&x, &weight);
     if !fast(&x, &weight) {
         return reference::rms_norm(x, weight, eps);
     }
@@ -73,6 +77,9 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
 /// The residual sum and its norm: `sum = residual · alpha + branch · beta`, `normed = rms_norm(sum, weight, eps)`.
 ///
 /// `residual`, `branch` and both results `[n, dim]` of one float dtype (SPEC §2: `alpha` and `beta` of the layer's kind).
+///
+/// # Panics
+/// If `residual` and `branch` differ in shape, or `weight` is not as long as a row.
 pub fn add_rms_norm(
     residual: Tensor<2>,
     branch: Tensor<2>,
@@ -81,6 +88,8 @@ pub fn add_rms_norm(
     beta: f64,
     eps: f64,
 ) -> (Tensor<2>, Tensor<2>) {
+    check(&residual, &weight);
+    assert_eq!(branch.dims(), residual.dims(), "add_rms_norm: branch and residual are of one shape");
     if !fast(&residual, &weight) || branch.dtype() != residual.dtype() {
         return reference::add_rms_norm(residual, branch, weight, alpha, beta, eps);
     }
@@ -93,12 +102,25 @@ pub fn add_rms_norm(
 ///
 /// `gate [n, dim]`; `o` of any rank and any strides, its elements in row-major order `[n, dim]` (so the view
 /// `[rows, tokens, heads, head_dim]` of attention's output needs no copy). Result `[n, dim]` in the dtype of `gate`.
+///
+/// # Panics
+/// If `o` has not as many elements as `gate`, or `weight` is not as long as a row.
 pub fn gated_rms_norm<const D: usize>(o: Tensor<D>, gate: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
+    check(&gate, &weight);
+    let (of_o, of_gate) = (o.shape().num_elements(), gate.shape().num_elements());
+    assert_eq!(of_o, of_gate, "gated_rms_norm: o {:?} has not the elements of gate {:?}", o.dims(), gate.dims());
     if !fast(&gate, &weight) || base::on_cpu(&gate) && o.dtype() != DType::F32 {
         return reference::gated_rms_norm(o, gate, weight, eps);
     }
     let (o, gate, weight) = (o.into_dispatch(), gate.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(<Dispatch as RmsNormBackend>::gated_rms_norm(o, gate, weight, eps))
+}
+
+/// # Panics
+/// If `weight` is not as long as a row of `x`.
+fn check(x: &Tensor<2>, weight: &Tensor<1>) {
+    let (x, weight) = (x.dims(), weight.dims());
+    assert_eq!([x[1]], weight, "rms_norm: rows {x:?} want a weight as long as one of them");
 }
 
 /// Whether the extension trait serves these tensors.

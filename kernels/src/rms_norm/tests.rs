@@ -2,7 +2,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use super::{add_rms_norm, gated_rms_norm, reference, rms_norm};
 use crate::base::testing::{
-    assert_close, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
 };
 
 const EPS: f64 = 1e-5;
@@ -71,6 +71,27 @@ fn a_row_knows_no_other() {
     let (clean, broken) = (values(rms_norm(x, w.clone(), EPS)), values(rms_norm(with_nan, w, EPS)));
     for (i, (clean, broken)) in clean.iter().zip(&broken).enumerate() {
         if i / dim == 5 { assert!(broken.is_nan()) } else { assert_eq!(clean, broken) }
+    }
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let device = Device::flex();
+    let x = |shape: [usize; 2]| Tensor::<2>::ones(shape, &device);
+    let w = |dim: usize| Tensor::<1>::ones([dim], &device);
+    // [4, 6] has 8 whole rows of 3.
+    for dtype in [DType::F32, DType::BF16] {
+        let x = |shape| x(shape).cast(dtype);
+        let told = "rows [4, 6] want a weight as long as one of them";
+        assert_panics(told, || rms_norm(x([4, 6]), w(3), EPS));
+        assert_panics(told, || add_rms_norm(x([4, 6]), x([4, 6]), w(12), 1.0, 1.0, EPS));
+        assert_panics(told, || gated_rms_norm(x([4, 6]), x([4, 6]), w(3), EPS));
+        for branch in [[4, 3], [8, 6], [2, 12], [8, 3]] {
+            let told = format!("left: {branch:?}");
+            assert_panics(&told, || add_rms_norm(x([4, 6]), x(branch), w(6), 1.0, 1.0, EPS));
+        }
+        let told = "o [4, 5] has not the elements of gate [4, 6]";
+        assert_panics(told, || gated_rms_norm(x([4, 5]), x([4, 6]), w(6), EPS));
     }
 }
 

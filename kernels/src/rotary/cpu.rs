@@ -16,9 +16,6 @@ impl RotaryBackend for Flex {
         let shape = x.layout().shape().clone();
         let [tokens, heads, head_dim] = shape.dims();
         let [_, _, half] = cos.layout().shape().dims();
-        assert_eq!(cos.layout().shape().dims(), [tokens, 1, half], "rotary: cos is not [tokens, 1, rotary_dim / 2]");
-        assert_eq!(sin.layout().shape().dims(), [tokens, 1, half], "rotary: sin is not [tokens, 1, rotary_dim / 2]");
-        assert!(2 * half <= head_dim, "rotary: rotary_dim exceeds the head");
         let (cos, sin) = (Rows::new(cos, half), Rows::new(sin, half));
         let dim = heads * head_dim;
         let (level, per) = (level(), rows_per_chunk(tokens, dim));

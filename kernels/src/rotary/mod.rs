@@ -60,11 +60,20 @@ impl Rotation {
 }
 
 /// Rotates `x [tokens, heads, head_dim]` by `rotation` of the same tokens; computed in f32, returned in f32.
+///
+/// # Panics
+/// If the rotation is of another number of tokens, or `rotary_dim` exceeds the head.
 pub fn rotary(x: Tensor<3>, rotation: &Rotation) -> Tensor<3> {
+    let ([tokens, _, head_dim], [_, _, half]) = (x.dims(), rotation.cos.dims());
+    let (cos, sin) = (rotation.cos.dims(), rotation.sin.dims());
+    assert_eq!(cos, [tokens, 1, half], "rotary: cos is [tokens, 1, rotary_dim / 2] of {tokens} tokens");
+    assert_eq!(sin, [tokens, 1, half], "rotary: sin is [tokens, 1, rotary_dim / 2] of {tokens} tokens");
+    assert!(2 * half <= head_dim, "rotary: {} dimensions turn, and a head has {head_dim}", 2 * half);
     if !(base::on_cpu(&x) || on_cube(&x)) {
         return reference::rotary(x, rotation);
     }
     let x = if base::on_cpu(&x) { cast(x, DType::F32) } else { x };
-    let (cos, sin) = (rotation.cos.clone().into_dispatch(), rotation.sin.clone().into_dispatch());
+    let (cos, sin) = (cast(rotation.cos.clone(), DType::F32), cast(rotation.sin.clone(), DType::F32));
+    let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
     Tensor::from_dispatch(<Dispatch as RotaryBackend>::rotary(x.into_dispatch(), cos, sin))
 }

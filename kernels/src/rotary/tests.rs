@@ -1,7 +1,9 @@
 use burn::tensor::{DType, Device, Tensor};
 
 use super::{Rotation, reference, rotary};
-use crate::base::testing::{assert_close, assert_threads_do_not_matter, at_every_level, bits, random, values};
+use crate::base::testing::{
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, values,
+};
 
 fn positions(tokens: usize) -> Vec<usize> {
     (0..tokens).map(|i| i * i * 97 % 1_000_003).collect()
@@ -33,6 +35,18 @@ fn equal_to_the_definition() {
             assert_close(rotary(x, &rotation), expected, 1e-6, &what);
         }
     });
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let device = Device::flex();
+    let x = random::<3>([3, 2, 8], 1, &device);
+    let run = |rotation: Rotation| rotary(x.clone(), &rotation);
+    assert_panics("cos is [tokens, 1, rotary_dim / 2] of 3 tokens", || run(Rotation::new(&[1, 2], 8, 1e4, &device)));
+    assert_panics("10 dimensions turn, and a head has 8", || run(Rotation::new(&[1, 2, 3], 10, 1e4, &device)));
+    let [mut long, short] = [8, 4].map(|dim| Rotation::new(&[1, 2, 3], dim, 1e4, &device));
+    long.sin = short.sin;
+    assert_panics("sin is [tokens, 1, rotary_dim / 2] of 3 tokens", || run(long));
 }
 
 #[test]

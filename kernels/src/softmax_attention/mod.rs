@@ -171,16 +171,29 @@ fn on_cube(q: &Tensor<4>, blocks: &[KeyValues]) -> bool {
 /// on the keys and values alone: neither on how many queries share the call nor on where the blocks are cut.
 ///
 /// # Panics
-/// If there are fewer keys than `past + tokens`, or `heads` is no multiple of the keys' heads.
+/// If there are fewer keys than `past + tokens`, `heads` is no multiple of the keys' heads, or a block's keys or values are of
+/// other rows, heads, tokens or sizes of head than the rest.
 pub fn softmax_attention(q: Tensor<4>, blocks: &[KeyValues], past: usize) -> Tensor<4> {
-    let [_, heads, tokens, _] = q.dims();
-    let cube = on_cube(&q, blocks);
-    if blocks.is_empty() || !(cube || on_cpu(&q)) {
-        return reference::softmax_attention(q, blocks, past);
-    }
+    let [rows, heads, tokens, dim] = q.dims();
     let keys: usize = blocks.iter().map(|block| block.keys.dims()[2]).sum();
     assert!(keys >= past + tokens, "{keys} keys for {tokens} queries after {past} tokens");
-    assert_eq!(heads % blocks[0].keys.dims()[1].max(1), 0, "{heads} heads share the keys' heads evenly");
+    let Some(first) = blocks.first() else {
+        return cast(q, DType::F32); // without any query
+    };
+    let kv_heads = first.keys.dims()[1];
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads share {kv_heads} heads of keys evenly");
+    for (i, block) in blocks.iter().enumerate() {
+        let (k, v) = (block.keys.dims(), block.values.dims());
+        let fits = k == v && k == [rows, kv_heads, k[2], dim];
+        assert!(
+            fits,
+            "block {i}: keys {k:?} and values {v:?} are [{rows}, {kv_heads}, tokens, {dim}], of the same tokens"
+        );
+    }
+    let cube = on_cube(&q, blocks);
+    if !(cube || on_cpu(&q)) {
+        return reference::softmax_attention(q, blocks, past);
+    }
     let autodiff = |x: &Tensor<4>| x.device().is_autodiff();
     if autodiff(&q) || blocks.iter().any(|block| autodiff(&block.keys) || autodiff(&block.values)) {
         if past > 0 || keys != tokens {

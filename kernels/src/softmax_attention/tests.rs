@@ -6,6 +6,7 @@ use super::decode::decode_apart;
 use super::{KeyValues, Past, decode, reference, softmax_attention};
 use crate::base::pool::with_threads;
 use crate::base::simd::{levels, with_level};
+use crate::base::testing::assert_panics;
 
 fn normal(shape: [usize; 4], device: &Device) -> Tensor<4> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.2), device)
@@ -220,6 +221,29 @@ fn nothing_in_nothing_out() {
         let o = softmax_attention(q, &[KeyValues { keys: k, values: v }], past);
         assert_eq!(o.dims(), [rows, 4, tokens, 16]);
     }
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let device = Device::flex();
+    let zeros = |shape: [usize; 4]| Tensor::<4>::zeros(shape, &device);
+    let good = [2, 2, 5, 8];
+    let run = |keys: [usize; 4], values: [usize; 4], tokens: usize| {
+        let block = |keys, values| KeyValues { keys: zeros(keys), values: zeros(values) };
+        softmax_attention(zeros([2, 4, tokens, 8]), &[block(good, good), block(keys, values)], 0)
+    };
+    for bad in [[1, 2, 5, 8], [2, 1, 5, 8], [2, 2, 5, 16], [2, 2, 4, 8]] {
+        let told = format!("block 1: keys {good:?} and values {bad:?} are [2, 2, tokens, 8], of the same tokens");
+        assert_panics(&told, || run(good, bad, 5));
+        if bad != [2, 2, 4, 8] {
+            assert_panics(&format!("block 1: keys {bad:?}"), || run(bad, bad, 5));
+        }
+    }
+    assert_panics("10 keys for 11 queries after 0 tokens", || run(good, good, 11));
+    let three = KeyValues { keys: zeros([2, 3, 5, 8]), values: zeros([2, 3, 5, 8]) };
+    assert_panics("4 heads share 3 heads of keys evenly", || softmax_attention(zeros([2, 4, 5, 8]), &[three], 0));
+    assert_panics("0 keys for 1 queries after 0 tokens", || softmax_attention(zeros([2, 4, 1, 8]), &[], 0));
+    assert_eq!(softmax_attention(zeros([2, 4, 0, 8]), &[], 0).dims(), [2, 4, 0, 8]);
 }
 
 #[test]

@@ -44,6 +44,11 @@ impl Layout {
         self.experts
     }
 
+    /// Tokens, experts of each, and experts to choose from.
+    pub(in super::super) fn sizes(&self) -> [usize; 3] {
+        [self.tokens, self.k, self.experts]
+    }
+
     /// Tiles of the plan: an expert's rows are few enough for one. Those that nobody chose have no rows.
     fn tiles(&self) -> usize {
         self.slots().min(self.experts)
