@@ -28,13 +28,16 @@ pub(super) fn step(qkv: T, gate: T, state: T, norm: T, slopes: &[f64], eps: f64)
     let (qkv, gate, norm) = (whole(qkv), whole(gate), whole(norm));
     let mut state = whole(state);
     let mut y = vec![0.0_f32; rows * heads * dim];
-    // In place where nobody else holds the state; else what others hold is read and a new one is written.
-    let mut fresh = if state.is_unique() { Vec::new() } else { vec![0.0_f32; rows * heads * dim * dim] };
+    // In place where nobody else holds the state; else what others hold is read and a new one is written. Asked once: a
+    // holder on another thread may let go at any time.
+    let mut fresh = None;
     {
-        let old = SendPtr(state.storage::<f32>().as_ptr().cast_mut());
-        let new = match state.try_storage_mut::<f32>() {
-            Some(own) => SendPtr(own.as_mut_ptr()),
-            None => SendPtr(fresh.as_mut_ptr()),
+        let (old, new) = match state.try_storage_mut::<f32>().map(<[f32]>::as_mut_ptr) {
+            Some(own) => (SendPtr(own), SendPtr(own)),
+            None => {
+                let new = fresh.insert(vec![0.0_f32; rows * heads * dim * dim]).as_mut_ptr();
+                (SendPtr(state.storage::<f32>().as_ptr().cast_mut()), SendPtr(new))
+            }
         };
         let decays: Vec<f32> = slopes.iter().map(|slope| (-slope).exp() as f32).collect();
         let (qkv, gate, norm) = (qkv.storage::<f32>(), gate.storage::<f32>(), norm.storage::<f32>());
@@ -74,7 +77,7 @@ pub(super) fn step(qkv: T, gate: T, state: T, norm: T, slopes: &[f64], eps: f64)
             }
         }
     }
-    let state = if fresh.is_empty() { state } else { tensor(std::mem::take(&mut fresh), [rows, heads, dim, dim]) };
+    let state = fresh.map_or(state, |fresh| tensor(fresh, [rows, heads, dim, dim]));
     (tensor(y, [rows, heads * dim]), state)
 }
 

@@ -27,6 +27,7 @@ use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Tensor};
 
 use crate::base::on_cpu;
+use crate::cast;
 
 /// Tokens per block. Inside a block the cost is quadratic, between blocks it goes through the state. Blocks end at
 /// multiples of it, counted from the beginning of a row's text. Of 64 and 128, measured on the CPU, 64 takes 11 to 18 % less
@@ -85,22 +86,23 @@ pub trait LightningAttentionBackend: Backend {
 
 /// Runs rows of tokens through one layer's recurrence.
 ///
-/// - `qkv`: `[rows, heads, tokens, 3 · head_dim]`, f32, already activated, q, k and v of a head side by side as its
-///   projection makes them: so its gradient is one tensor too, written once. No scale is applied. Any strides.
+/// - `qkv`: `[rows, heads, tokens, 3 · head_dim]`, already activated, q, k and v of a head side by side as its
+///   projection makes them: so its gradient is one tensor too, written once. No scale is applied. Any strides. Taken in f32
+///   but by a device's kernels, which read f16 and bf16 as they are.
 /// - `slopes`: one positive decay slope per head (per token, natural exponent).
-/// - `state`: `[rows, heads, d_k, d_v]`, f32, before the first token; `None` is zero and costs nothing.
+/// - `state`: `[rows, heads, head_dim, head_dim]`, f32, before the first token; `None` is zero and costs nothing.
 /// - `starts`: absolute position of each row's first token, `None` for 0 everywhere. It decides where blocks end, not
 ///   the result beyond rounding: with it, a text that is cut at multiples of [`BLOCK`] gives the same bits on the CPU.
 /// - `lengths`: tokens of each row that count, when rows differ; the rest of a row is padding behind its last token: it
 ///   leaves the state untouched and its outputs are meaningless. A length of 0 leaves that row's state as it was.
 /// - `want_state`: whether the state after the last token is computed (training has no use for it).
 ///
-/// Returns `o [rows, heads, tokens, head_dim]` in f32 and the state if it was wanted. On the CPU `o` is a view of
+/// Returns `o [rows, heads, tokens, head_dim]` and the state if it was wanted, both in f32. On the CPU `o` is a view of
 /// `[rows, tokens, heads, head_dim]` in memory, so that joining its heads costs nothing.
 ///
 /// # Panics
-/// If `qkv` is not three parts wide, `slopes`, `starts` or `lengths` are not as many as heads or rows, or a length exceeds
-/// the tokens.
+/// If `qkv` is not three parts wide, `state` has another shape, `slopes`, `starts` or `lengths` are not as many as heads or
+/// rows, or a length exceeds the tokens.
 pub fn lightning_attention(
     qkv: Tensor<4>,
     slopes: &[f64],
@@ -111,14 +113,20 @@ pub fn lightning_attention(
 ) -> (Tensor<4>, Option<Tensor<4>>) {
     let [rows, heads, tokens, width] = qkv.dims();
     assert!(width.is_multiple_of(3), "q, k and v of every head");
+    if let Some(state) = &state {
+        let dim = width / 3;
+        assert_eq!(state.dims(), [rows, heads, dim, dim], "a state for every head: [rows, heads, head_dim, head_dim]");
+    }
     assert_eq!(slopes.len(), heads, "one slope per head");
     assert!(starts.is_none_or(|starts| starts.len() == rows), "one start per row");
     assert!(
         lengths.is_none_or(|lengths| lengths.len() == rows && lengths.iter().all(|&n| n <= tokens)),
         "one length per row, of at most {tokens} tokens"
     );
-    let f32s = qkv.dtype() == DType::F32 && state.as_ref().is_none_or(|state| state.dtype() == DType::F32);
-    if !(f32s && on_cpu(&qkv) || on_cube(&qkv, state.as_ref())) {
+    let cpu = on_cpu(&qkv);
+    let (qkv, state) =
+        if cpu { (cast(qkv, DType::F32), state.map(|state| cast(state, DType::F32))) } else { (qkv, state) };
+    if !(cpu || on_cube(&qkv, state.as_ref())) {
         return reference::lightning_attention(qkv, slopes, state, starts, lengths, want_state);
     }
     let plan = BlockPlan {

@@ -5,17 +5,18 @@ use burn::tensor::{DType, Device, Tensor, TensorData, activation};
 use super::BLOCK;
 use crate::cast;
 
-/// See [`super::lightning_attention`].
+/// See [`super::lightning_attention`]; in f32 whatever comes in.
 pub fn lightning_attention(
     qkv: Tensor<4>,
     slopes: &[f64],
-    mut state: Option<Tensor<4>>,
+    state: Option<Tensor<4>>,
     starts: Option<&[usize]>,
     lengths: Option<&[usize]>,
     want_state: bool,
 ) -> (Tensor<4>, Option<Tensor<4>>) {
     let [rows, heads, tokens, dim] = qkv.dims();
     let dim = dim / 3;
+    let (qkv, mut state) = (cast(qkv, DType::F32), state.map(|state| cast(state, DType::F32)));
     let [q, k, v] = [0, dim, 2 * dim].map(|from| qkv.clone().narrow(3, from, dim));
     let device = qkv.device();
     if rows == 0 || tokens == 0 {

@@ -1,10 +1,12 @@
 //! The fast paths on Flex against the reference, and what is promised about bits.
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 
-use super::{BLOCK, decode, lightning_attention, reference};
+use super::{BLOCK, cpu_decode, decode, lightning_attention, reference};
 use crate::base::pool::with_threads;
 use crate::base::simd::{levels, with_level};
+use crate::base::testing::{assert_close, assert_panics};
 
 fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
@@ -80,6 +82,58 @@ fn blocks_equal_the_reference() {
             }
         }
     }
+}
+
+#[test]
+fn halves_are_taken_in_f32() {
+    let device = Device::flex();
+    let (rows, heads, tokens, dim) = (2, 2, BLOCK + 9, 16);
+    let s = slopes(heads);
+    for dtype in [DType::BF16, DType::F16] {
+        let (qkv, state) =
+            (random(rows, heads, tokens, dim, &device).cast(dtype), normal([rows, heads, dim, dim], &device));
+        let run =
+            |run: fn(_, &[f64], _, _, _, _) -> (Tensor<4>, Option<Tensor<4>>), qkv: &Tensor<4>, state: &Tensor<4>| {
+                let (o, after) = run(qkv.clone(), &s, Some(state.clone()), None, None, true);
+                let after = after.unwrap();
+                assert_eq!([o.dtype(), after.dtype()], [DType::F32; 2], "{dtype:?}");
+                (o, after)
+            };
+        let wide = qkv.clone().cast(DType::F32);
+        let (o, after) = run(lightning_attention, &qkv, &state);
+        let (expected, expected_after) = run(lightning_attention, &wide, &state);
+        assert_eq!((bits(&o), bits(&after)), (bits(&expected), bits(&expected_after)), "{dtype:?}");
+        let (o, after) = run(reference::lightning_attention, &qkv, &state);
+        close("the reference's o", &o, &expected);
+        close("the reference's state", &after, &expected_after);
+        let half = state.cast(dtype);
+        let (_, after) = run(lightning_attention, &wide, &half);
+        let (_, expected) = run(lightning_attention, &wide, &half.cast(DType::F32));
+        assert_eq!(bits(&after), bits(&expected), "a state in {dtype:?}");
+
+        let leaf = Tensor::<4>::from_inner(qkv).require_grad();
+        let gradient = |qkv: Tensor<4>| {
+            let (o, _) = lightning_attention(qkv, &s, None, None, None, false);
+            leaf.grad(&o.powi_scalar(2).sum().backward()).unwrap()
+        };
+        let (got, expected) = (gradient(leaf.clone()), gradient(leaf.clone().cast(DType::F32)));
+        assert_eq!(got.dtype(), dtype);
+        assert_close(got, expected, 0.0, "gradient");
+    }
+}
+
+#[test]
+fn shapes_that_do_not_agree_are_named() {
+    let device = Device::flex();
+    let zeros = |shape: [usize; 4]| Tensor::<4>::zeros(shape, &device);
+    let run = |qkv: Tensor<4>, state: Option<Tensor<4>>| lightning_attention(qkv, &slopes(2), state, None, None, true);
+    for state in [[1, 2, 8, 8], [3, 2, 8, 8], [2, 1, 8, 8], [2, 2, 8, 4], [2, 2, 4, 4]] {
+        let told = format!("left: {state:?}\n right: [2, 2, 8, 8]");
+        assert_panics("[rows, heads, head_dim, head_dim]", || run(zeros([2, 2, 5, 24]), Some(zeros(state))));
+        assert_panics(&told, || run(zeros([2, 2, 5, 24]), Some(zeros(state))));
+    }
+    assert_panics("q, k and v of every head", || run(zeros([2, 2, 5, 25]), None));
+    assert_panics("one slope per head", || run(zeros([2, 3, 5, 24]), None));
 }
 
 #[test]
@@ -288,6 +342,28 @@ fn decode_equals_the_reference_whoever_holds_the_state() {
             assert_eq!((bits(&y), bits(&state)), (bits(&y2), bits(&state2)), "in place");
         }
     }
+}
+
+#[test]
+fn decode_writes_a_state_in_place_when_nobody_else_holds_it() {
+    let (rows, heads, dim) = (2, 3, 32);
+    let step = one_step(rows, heads, dim);
+    let flex = |x: TensorData| FlexTensor::from_data(x);
+    let run = |state: FlexTensor| {
+        let (qkv, gate) = (flex(step.qkv.to_data()), flex(step.gate.to_data()));
+        cpu_decode::step(qkv, gate, state, flex(step.norm.to_data()), &slopes(heads), 1e-6).1
+    };
+    let place = |x: &FlexTensor| x.storage::<f32>().as_ptr();
+    let state = flex(step.state.to_data());
+    let before = place(&state);
+    let alone = run(state);
+    assert_eq!(place(&alone), before, "alone: where it was");
+
+    let held = flex(step.state.to_data());
+    let shared = run(held.clone());
+    assert_ne!(place(&shared), place(&held), "shared: elsewhere");
+    assert_eq!(held.into_data(), step.state.to_data(), "what others hold stays");
+    assert_eq!(shared.into_data(), alone.into_data());
 }
 
 #[test]
