@@ -104,7 +104,9 @@ pub fn log_prob(hidden: Tensor<2>, head: &Weight<2>, targets: &[u32], temperatur
     let (hidden, targets) = (cast(hidden, DType::F32).into_dispatch(), targets.to_vec());
     let out = match head {
         Weight::Tensor(head) => {
-            <Dispatch as LogProbBackend>::log_prob(hidden, head.clone().into_dispatch(), targets, temperature)
+            let head = head.clone();
+            let head = if on_cpu && head.dtype() != DType::BF16 { cast(head, DType::F32) } else { head };
+            <Dispatch as LogProbBackend>::log_prob(hidden, head.into_dispatch(), targets, temperature)
         }
         Weight::Packed(head) => {
             assert!(on_cpu, "packed weights are for the CPU");

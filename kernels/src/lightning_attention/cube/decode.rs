@@ -14,6 +14,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::base::cube::Limits;
+use crate::base::gpu::sigmoid;
 
 /// What is known of a decode step when it is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -51,11 +52,6 @@ impl Decode {
     fn shared_bytes(&self) -> usize {
         4 * (2 * self.dim + self.columns + self.units)
     }
-}
-
-#[cube]
-fn sigmoid(x: f32) -> f32 {
-    1.0f32 / (1.0f32 + (-x).exp())
 }
 
 /// One head's columns `first ..`: the new state, and `o` of column `unit` for `unit < p.columns` (else 0).
