@@ -225,3 +225,52 @@ fn pack(level: Level, from: Mat, rows: usize, columns: usize, to: &mut [f32], st
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::simd::{levels, with_level};
+
+    /// `x [rows, columns]` with its elements so far apart, and NaN between them.
+    fn apart(x: &[f32], [rows, columns]: [usize; 2], [row, column]: [usize; 2]) -> Vec<f32> {
+        let mut data = vec![f32::NAN; (rows - 1) * row + (columns - 1) * column + 1];
+        for (i, x) in x.iter().enumerate() {
+            data[i / columns * row + i % columns * column] = *x;
+        }
+        data
+    }
+
+    #[test]
+    fn strides_do_not_matter() {
+        let draw =
+            |count: usize, by: usize| (0..count).map(|i| (i * by % 1009) as f32 / 504.5 - 1.0).collect::<Vec<_>>();
+        for [m, n, k] in [[1, 1, 1], [5, 7, 3], [13, 37, 300], [250, 129, 40], [3, 530, 17]] {
+            let (a, b, c) = (draw(m * k, 37), draw(k * n, 101), draw(m * n, 7));
+            let ways = |rows: usize, columns: usize| [[columns, 1], [columns + 3, 1], [1, rows], [2 * columns + 1, 2]];
+            for level in levels() {
+                for add in [false, true] {
+                    let run = |a_way: [usize; 2], b_way: [usize; 2]| {
+                        let (a, b) = (apart(&a, [m, k], a_way), apart(&b, [k, n], b_way));
+                        let of = |data, [row_stride, col_stride]: [usize; 2]| Mat { data, row_stride, col_stride };
+                        let mut c = c.clone();
+                        let (a, b) = (of(&a, a_way), of(&b, b_way));
+                        with_level(level, || par_gemm(m, n, k, a, b, &mut c, n, add));
+                        c
+                    };
+                    let plain = run([k, 1], [n, 1]);
+                    for (i, got) in plain.iter().enumerate() {
+                        let term = |p: usize| f64::from(a[i / n * k + p]) * f64::from(b[p * n + i % n]);
+                        let exact = (0..k).map(term).sum::<f64>() + if add { f64::from(c[i]) } else { 0.0 };
+                        assert!((f64::from(*got) - exact).abs() < 1e-6 * (1.0 + k as f64), "{level:?} {m} × {n} × {k}");
+                    }
+                    for a_way in ways(m, k) {
+                        for b_way in ways(k, n) {
+                            let same = run(a_way, b_way).iter().zip(&plain).all(|(x, y)| x.to_bits() == y.to_bits());
+                            assert!(same, "{level:?} {m} × {n} × {k}, a by {a_way:?}, b by {b_way:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -74,6 +74,12 @@ pub(crate) fn strided(x: Tensor<2>) -> Tensor<2> {
     copy.reshape([columns, rows]).transpose()
 }
 
+/// The same values from the last to the first in memory: negative strides.
+pub(crate) fn flipped(x: Tensor<2>) -> Tensor<2> {
+    let turned = x.clone().flip([0, 1]).into_data();
+    Tensor::<2>::from_data(turned, (&x.device(), x.dtype())).flip([0, 1])
+}
+
 /// The same values as a window of a larger matrix.
 pub(crate) fn window(x: Tensor<2>) -> Tensor<2> {
     let [rows, columns] = x.dims();

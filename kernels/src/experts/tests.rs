@@ -4,6 +4,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use super::groups::Groups;
 use super::*;
 use crate::base::packed::Format;
 use crate::base::testing::{
@@ -205,6 +206,37 @@ fn what_is_not_finite_stays_in_its_token() {
     }
 }
 
+/// One token reads exactly k experts: no product with the others' weights, not even one that is thrown away.
+#[test]
+fn weights_of_experts_that_nobody_chose_are_not_touched() {
+    for size in [(1, 2, 32, 64, 96), (3, 2, 32, 33, 40), (1, 1, 300, 8, 8)] {
+        let mut case = Case::new(size, &Device::flex());
+        let formats = [None, Some(Format::F32), Some(Format::Bf16)];
+        let run = |case: &Case, format: Option<Format>| {
+            let weights = format.map_or_else(|| case.weights(), |format| case.packed(format));
+            bits(experts(case.x.clone(), &case.routing, &weights))
+        };
+        let expected = formats.map(|format| run(&case, format));
+        let chosen = case.routing.choices.host();
+        case.w = case.w.map(|w| {
+            let (dims, mut all) = (w.dims(), values(w));
+            let others =
+                all.chunks_exact_mut(dims[1] * dims[2]).enumerate().filter(|(e, _)| !chosen.contains(&(*e as u32)));
+            others.for_each(|(_, w)| w.fill(f32::NAN));
+            Tensor::from_data(TensorData::new(all, dims), &Device::flex())
+        });
+        assert_eq!(formats.map(|format| run(&case, format)), expected, "{size:?}");
+    }
+    // Nor does the list of jobs grow with the number of experts.
+    let jobs = |count: usize| {
+        let jobs = Groups::new(&[1, 3], 2, count).jobs(48, 2 * 32 * 64, 1 << 10);
+        jobs.into_iter().map(|job| (job.expert, job.rows, job.columns)).collect::<Vec<_>>()
+    };
+    assert_eq!(jobs(4), jobs(1000));
+    assert!(jobs(4).iter().all(|(expert, ..)| [1, 3].contains(expert)));
+    assert_eq!(jobs(4).iter().map(|(.., columns)| columns.len()).sum::<usize>(), 2 * 48);
+}
+
 /// `Σ y · c`, differentiated; the gradients of x, the router's logits and the three weights.
 fn gradients(
     size: (usize, usize, usize, usize, usize),
@@ -313,15 +345,31 @@ fn no_tokens_and_packed_weights_under_autodiff() {
         let none = route(Tensor::zeros([0, 3], &device), 2, None);
         assert_eq!(experts(Tensor::zeros([0, 33], &device), &none, &weights).dims(), [0, 33]);
     }
-    // Packed weights are constants, but the gradient of x passes through them.
-    let weights = case.packed(Format::F32);
+    // Packed weights are constants, but the gradients of x and of the shares pass through them.
+    let shares = Tensor::from_inner(case.routing.shares.clone()).require_grad();
+    let routing = Routing { choices: case.routing.choices.clone(), shares: shares.clone() };
     let x = Tensor::from_inner(case.x.clone()).require_grad();
-    let shares = Tensor::from_inner(case.routing.shares.clone());
-    let routing = Routing { choices: case.routing.choices.clone(), shares };
-    let y = experts(x.clone(), &routing, &weights);
-    assert_close(y.clone().inner(), experts(case.x.clone(), &case.routing, &weights), 2e-5, "under autodiff");
-    assert!(values(x.grad(&y.sum().backward()).unwrap()).iter().any(|&d| d != 0.0));
+    for format in FORMATS {
+        let weights = case.packed(format);
+        let dense = |w: &Weight<3>| -> Weight<3> {
+            Tensor::stack::<3>((0..3).map(|e| w.dense(e, &device.clone().autodiff())).collect(), 0).into()
+        };
+        let same = ExpertsWeights { w1: dense(&weights.w1), w2: dense(&weights.w2), w3: dense(&weights.w3) };
+        let run = |y: Tensor<2>| {
+            let grads = (y.clone() * random(y.dims(), 9, &y.device())).sum().backward();
+            [y.inner(), x.grad(&grads).unwrap(), shares.grad(&grads).unwrap()]
+        };
+        let got = run(experts(x.clone(), &routing, &weights));
+        let expected = run(reference::experts(x.clone(), &routing, &same));
+        for ((got, expected), name) in got.into_iter().zip(expected).zip(["y", "dx", "d_shares"]) {
+            assert_close(got, expected, 2e-5, &format!("{format:?} under autodiff: {name}"));
+        }
+    }
+    let weights = case.packed(Format::F32);
+    let y = experts(x, &routing, &weights).inner();
+    assert_close(y, experts(case.x.clone(), &case.routing, &weights), 2e-5, "tracked and not");
     // Nothing tracked: the packed path itself.
+    let routing = Routing { shares: Tensor::from_inner(case.routing.shares.clone()), ..routing };
     let y = experts(Tensor::from_inner(case.x.clone()), &routing, &weights);
     assert_eq!(bits(y.inner()), bits(experts(case.x.clone(), &case.routing, &weights)));
 }

@@ -4,8 +4,18 @@ use super::{Quantized, Weight, linear, linear_f32, linear_pair, reference};
 use crate::base::packed::{Format, Packed};
 use crate::base::pool;
 use crate::base::testing::{
-    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, random, strided, values, window,
+    assert_close, assert_panics, assert_threads_do_not_matter, at_every_level, bits, flipped, random, strided, values,
+    window,
 };
+
+const FORMATS: [Format; 6] = [
+    Format::F32,
+    Format::Bf16,
+    Format::Int8 { block: 32 },
+    Format::Int8 { block: 64 },
+    Format::Int4 { block: 32 },
+    Format::Int4 { block: 64 },
+];
 
 fn device() -> Device {
     Device::flex()
@@ -61,7 +71,17 @@ fn equals_the_reference_in_every_format() {
             assert_eq!(bits(tensor), bits(in_pack.cast(DType::BF16)), "a bf16 tensor is its packing, rounded");
             let exact = linear_f32(x.clone(), &pack(Format::Bf16, &w));
             close(exact.clone(), &x, &wc, "exact bf16");
-            assert_eq!(bits(exact), bits(linear_f32(x, &half)), "exact: a tensor is its packing");
+            assert_eq!(bits(exact), bits(linear_f32(x.clone(), &half)), "exact: a tensor is its packing");
+
+            for format in &FORMATS[2..] {
+                let weight = pack(*format, &w);
+                let dense = weight.dense(0, &device());
+                close(linear_f32(x.clone(), &weight), &x, &dense, &format!("exact {format:?}"));
+                // Values of x are up to 1/254 of their block's largest off, each in its own direction.
+                let expected = reference::linear(x.clone(), dense);
+                let what = format!("{format:?} {n} × {out} × {input}");
+                assert_close(linear(x.clone(), &weight), expected, 0.05 * (1.0 + (input as f32).sqrt()), &what);
+            }
         }
     });
 }
@@ -142,8 +162,8 @@ fn strides_do_not_matter() {
     let x = random([29, 71], 1, &device());
     let w = random([43, 71], 2, &device());
     let expected = bits(linear(x.clone(), &w.clone().into()));
-    for x in [strided(x.clone()), window(x.clone()), x.clone().flip([0]).flip([0])] {
-        for w in [w.clone(), strided(w.clone()), window(w.clone()), w.clone().flip([1]).flip([1])] {
+    for x in [strided(x.clone()), window(x.clone()), flipped(x.clone())] {
+        for w in [w.clone(), strided(w.clone()), window(w.clone()), flipped(w.clone())] {
             assert!(bits(linear(x.clone(), &w.into())) == expected);
         }
         let packed = pack(Format::F32, &w);
@@ -151,8 +171,10 @@ fn strides_do_not_matter() {
     }
     let half = w.clone().cast(DType::BF16);
     let expected = bits(linear(x.clone(), &half.clone().into()));
-    let half = Tensor::cat(vec![half.clone(), half], 1).narrow(1, 0, 71);
-    assert!(bits(linear(strided(x), &half.into())) == expected);
+    let inside = Tensor::cat(vec![half.clone(), half.clone()], 1).narrow(1, 0, 71);
+    for half in [inside, flipped(half.clone()), half.transpose().mul_scalar(1.0).transpose()] {
+        assert!(bits(linear(strided(x.clone()), &half.into())) == expected);
+    }
 }
 
 #[test]
@@ -226,13 +248,16 @@ fn gradients_are_those_of_the_reference() {
             };
             let ours = grads(linear(x.clone(), &w.clone().into()));
             let theirs = grads(reference::linear(x.clone(), w.clone()));
-            assert_close(ours.0.clone(), theirs.0.clone(), 1e-4 * (out as f32).sqrt(), "dx");
+            assert_close(ours.0, theirs.0, 1e-4 * (out as f32).sqrt(), "dx");
             assert_close(ours.1, theirs.1, 1e-4 * (n as f32).sqrt(), "dw");
 
-            let packed = pack(Format::F32, &w.clone().inner());
-            let loss = (linear(x.clone(), &packed) * d_y.clone()).sum();
-            let d_x = x.grad(&loss.backward()).unwrap();
-            assert_close(d_x, theirs.0, 1e-4 * (out as f32).sqrt(), "dx through a packed weight");
+            for format in FORMATS {
+                let packed = pack(format, &w.clone().inner());
+                let gradient = |y: Tensor<2>| x.grad(&(y * d_y.clone()).sum().backward()).unwrap();
+                let theirs = gradient(reference::linear(x.clone(), packed.dense(0, &device)));
+                let ours = gradient(linear(x.clone(), &packed));
+                assert_close(ours, theirs, 1e-4 * (out as f32).sqrt(), &format!("dx through {format:?}"));
+            }
         }
     });
 }

@@ -271,6 +271,25 @@ fn gradients_equal_those_of_the_reference() {
 }
 
 #[test]
+fn gradients_after_a_past_are_those_of_the_whole_text() {
+    let device = Device::flex().autodiff();
+    let (heads, tokens, past, dim) = ([4, 2], 40, 27, 16);
+    let draw = |heads: usize| normal([2, heads, past + tokens, dim], &device).require_grad();
+    let (q, k, v) = (draw(heads[0]), draw(heads[1]), draw(heads[1]));
+    let weight = normal([2, heads[0], tokens, dim], &device);
+    let last = |x: Tensor<4>| x.narrow(2, past, tokens);
+    let grads = |o: Tensor<4>| {
+        let grads = (o * weight.clone()).sum().backward();
+        [&q, &k, &v].map(|x| x.grad(&grads).unwrap())
+    };
+    let expected = grads(last(softmax_attention(q.clone(), &cut(&k, &v, 256), 0)));
+    let got = grads(softmax_attention(last(q.clone()), &cut(&k, &v, 20), past));
+    for (name, (got, expected)) in ["q", "k", "v"].iter().zip(got.iter().zip(&expected)) {
+        close(&format!("d_{name}"), got, expected);
+    }
+}
+
+#[test]
 fn gradients_have_the_same_bits_on_any_number_of_threads() {
     let device = Device::flex().autodiff();
     let draw = |heads: usize| normal([2, heads, 100, 16], &device).require_grad();
