@@ -1,41 +1,12 @@
-//! The CubeCL kernels of both attentions on wgpu against the references on Flex.
-//!
-//! Off by default, as a software driver takes a while: `M1_REQUIRE_WGPU=1` runs them and demands a driver (CONTRIBUTING.md
-//! says which serves).
-#![cfg(feature = "wgpu")]
+//! The CubeCL kernels of both attentions on a device against the references on Flex; see `common::device`.
+#![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 mod common;
 
-use burn::tensor::{Device, DeviceKind, Tensor};
-use common::random;
+use burn::tensor::{Device, Tensor};
+use common::{close, device, random, to, values};
 use m1_kernels::lightning_attention::{self, lightning_attention};
 use m1_kernels::softmax_attention::{self, KeyValues, softmax_attention};
-
-fn wgpu() -> Option<Device> {
-    if std::env::var("M1_REQUIRE_WGPU").is_ok_and(|v| v == "1") {
-        return Some(Device::wgpu(DeviceKind::DefaultDevice));
-    }
-    eprintln!("SKIPPED: set M1_REQUIRE_WGPU=1 to run the kernels on wgpu");
-    None
-}
-
-fn to<const D: usize>(x: &Tensor<D>, device: &Device) -> Tensor<D> {
-    Tensor::from_data(x.to_data(), device)
-}
-
-fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
-    x.to_data().iter::<f32>().collect()
-}
-
-/// Largest difference relative to the root mean square of what is wanted.
-fn close<const D: usize>(got: &Tensor<D>, want: &Tensor<D>, limit: f32, what: &str) {
-    assert_eq!(got.dims(), want.dims(), "{what}");
-    let (got, want) = (values(got), values(want));
-    let scale = (want.iter().map(|x| x * x).sum::<f32>() / want.len().max(1) as f32).sqrt().max(0.1);
-    for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-        assert!((g - w).abs() <= limit * scale, "{what}: {g} is not {w} at {i} of {}", want.len());
-    }
-}
 
 fn slopes(heads: usize) -> Vec<f64> {
     (0..heads).map(|h| 0.917 / (1u64 << (3 * h)) as f64).collect()
@@ -53,7 +24,7 @@ const TEXTS: [(usize, usize, usize, usize, bool); 6] = [
 
 #[test]
 fn lightning_blocks_equal_the_reference() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     for (rows, heads, tokens, dim, with_state) in TEXTS {
         // Not contiguous: heads and tokens exchanged, as a layer has them.
         let tokens_first = random([rows, tokens, heads, 3 * dim]);
@@ -77,15 +48,15 @@ fn lightning_blocks_equal_the_reference() {
         let what = format!("{tokens} tokens of {dim}");
         for (row, &length) in lengths.iter().enumerate() {
             let part = |x: &Tensor<4>| x.clone().narrow(0, row, 1).narrow(2, 0, length);
-            close(&part(&o), &part(&want), 2e-5, &format!("o, {what}"));
+            close(&format!("o, {what}"), &part(&o), &part(&want), 2e-5);
         }
-        close(&after.expect("wanted"), &want_after.expect("wanted"), 2e-5, &format!("state, {what}"));
+        close(&format!("state, {what}"), &after.expect("wanted"), &want_after.expect("wanted"), 2e-5);
     }
 }
 
 #[test]
 fn lightning_gradients_equal_autodiff_of_the_reference() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     for (rows, heads, tokens, dim, with_state) in TEXTS {
         let qkv = random([rows, heads, tokens, 3 * dim]);
         let state = random([rows, heads, dim, dim]);
@@ -116,14 +87,14 @@ fn lightning_gradients_equal_autodiff_of_the_reference() {
         let got = gradients(device.clone().autodiff(), false);
         let want = gradients(Device::flex().autodiff(), true);
         for ((got, want), name) in got.iter().zip(&want).zip(["dq", "dk", "dv", "dstate"]) {
-            close(got, want, 3e-5, &format!("{name}, {tokens} tokens of {dim}"));
+            close(&format!("{name}, {tokens} tokens of {dim}"), got, want, 3e-5);
         }
     }
 }
 
 #[test]
 fn lightning_decode_equals_the_reference() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     // One launch (a row's states are small) and two.
     for (rows, heads, dim) in [(3, 2, 32), (1, 3, 64), (2, 3, 96), (1, 5, 128), (2, 20, 64)] {
         let (qkv, gate) = (random([rows, heads * 3 * dim]), random([rows, heads * dim]));
@@ -137,10 +108,10 @@ fn lightning_decode_equals_the_reference() {
             assert!(lightning_attention::cube::takes_decode(&a, &c));
             let kept = shared.then(|| c.clone());
             let (y, after) = lightning_attention::decode(a, b, c, &slopes, d, 1e-6);
-            close(&y, &want, 2e-5, &format!("y of {heads} heads of {dim}"));
-            close(&after, &want_after, 2e-5, &format!("state of {heads} heads of {dim}"));
+            close(&format!("y of {heads} heads of {dim}"), &y, &want, 2e-5);
+            close(&format!("state of {heads} heads of {dim}"), &after, &want_after, 2e-5);
             if let Some(kept) = kept {
-                close(&kept, &state, 0.0, "a state that somebody else holds stays");
+                close("a state that somebody else holds stays", &kept, &state, 0.0);
             }
         }
     }
@@ -148,7 +119,7 @@ fn lightning_decode_equals_the_reference() {
 
 #[test]
 fn lightning_keeps_nan_to_its_row_and_its_future() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     let (rows, heads, tokens, dim) = (2, 2, 21, 32);
     for bad in 0..3 {
         let column = bad * dim + 3;
@@ -170,14 +141,14 @@ fn lightning_keeps_nan_to_its_row_and_its_future() {
 
 #[test]
 fn no_tokens_and_no_rows_work() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     for (rows, tokens) in [(2, 0), (0, 3)] {
         let x = Tensor::<4>::zeros([rows, 2, tokens, 32], &device);
         let state = Tensor::<4>::ones([rows, 2, 32, 32], &device);
         let qkv = Tensor::<4>::zeros([rows, 2, tokens, 3 * 32], &device);
         let (o, after) = lightning_attention(qkv, &slopes(2), Some(state.clone()), None, None, true);
         assert_eq!(o.dims(), [rows, 2, tokens, 32]);
-        close(&after.expect("wanted"), &state, 0.0, "nothing happened");
+        close("nothing happened", &after.expect("wanted"), &state, 0.0);
         let o = softmax_attention(x.clone(), &[KeyValues { keys: x.clone(), values: x }], 0);
         assert_eq!(o.dims(), [rows, 2, tokens, 32]);
     }
@@ -185,7 +156,7 @@ fn no_tokens_and_no_rows_work() {
     let (qkv, state) = (random([2, 1, 5, 3 * 32]), random([2, 1, 32, 32]));
     let before = Some(to(&state, &device));
     let (_, after) = lightning_attention(to(&qkv, &device), &slopes(1), before, None, Some(&[5, 0]), true);
-    close(&after.expect("wanted").narrow(0, 1, 1), &state.narrow(0, 1, 1), 0.0, "its state");
+    close("its state", &after.expect("wanted").narrow(0, 1, 1), &state.narrow(0, 1, 1), 0.0);
 }
 
 fn in_blocks(k: &Tensor<4>, v: &Tensor<4>, block: usize) -> Vec<KeyValues> {
@@ -201,7 +172,7 @@ fn in_blocks(k: &Tensor<4>, v: &Tensor<4>, block: usize) -> Vec<KeyValues> {
 
 #[test]
 fn softmax_equals_the_reference() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     // rows, heads, kv_heads, tokens, past, block, dim: whole texts, chunks against caches, single tokens, split caches.
     for (rows, heads, kv_heads, tokens, past, block, dim) in [
         (1, 1, 1, 1, 0, 4, 32),
@@ -222,13 +193,13 @@ fn softmax_equals_the_reference() {
         let q = to(&q.swap_dims(1, 2), &device).swap_dims(1, 2);
         assert!(softmax_attention::cube::takes(&q, &blocks), "the kernels take heads of {dim}");
         let o = softmax_attention(q, &blocks, past);
-        close(&o, &want, 1e-5, &format!("{heads}/{kv_heads} heads of {dim}, {tokens} after {past}, blocks of {block}"));
+        close(&format!("{heads}/{kv_heads} heads of {dim}, {tokens} after {past}, blocks of {block}"), &o, &want, 1e-5);
     }
 }
 
 #[test]
 fn softmax_gradients_equal_autodiff_of_the_reference() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     for (rows, heads, kv_heads, tokens, dim) in
         [(1, 1, 1, 1, 32), (2, 4, 2, 37, 64), (1, 3, 1, 23, 96), (1, 2, 2, 17, 128), (1, 8, 2, 33, 32)]
     {
@@ -248,14 +219,14 @@ fn softmax_gradients_equal_autodiff_of_the_reference() {
         let got = gradients(device.clone().autodiff(), false);
         let want = gradients(Device::flex().autodiff(), true);
         for ((got, want), name) in got.iter().zip(&want).zip(["dq", "dk", "dv"]) {
-            close(got, want, 3e-5, &format!("{name}, {tokens} tokens of {dim}"));
+            close(&format!("{name}, {tokens} tokens of {dim}"), got, want, 3e-5);
         }
     }
 }
 
 #[test]
 fn softmax_keeps_nan_to_its_row_and_its_future() {
-    let Some(device) = wgpu() else { return };
+    let Some(device) = device() else { return };
     let (rows, heads, tokens, dim) = (2, 2, 21, 32);
     for bad in 0..3 {
         let mut inputs = [0; 3].map(|_| random([rows, heads, tokens, dim]));
