@@ -300,6 +300,7 @@ fn pack_panel(level: Level, format: Format, input: usize, rows: &mut [f32], pane
 }
 
 /// `c[i][32·p ..] = acts[rows[i]] · W[matrix]ᵀ` for the panels `p` asked for, on this thread; `c` holds whole rows of `ldc` floats.
+/// A level that this machine has not is lowered to the best it has.
 ///
 /// # Panics
 /// If a row, a panel or `c` is not there, or the activations were made for another format or width.
@@ -317,7 +318,7 @@ pub fn multiply(
     let columns = w.out().min(panels.end * PANEL);
     assert!(rows.is_empty() || (columns <= ldc && c.len() >= (rows.len() - 1) * ldc + columns));
     // SAFETY: the target lies inside `c`, which is borrowed.
-    unsafe { multiply_into(level, acts, Some(rows), w, matrix, panels, SendPtr(c.as_mut_ptr()), ldc) }
+    unsafe { multiply_into(level.here(), acts, Some(rows), w, matrix, panels, SendPtr(c.as_mut_ptr()), ldc) }
 }
 
 /// [`multiply`] where several threads write disjoint panels of one `c`; all rows in order if `rows` is not given.
