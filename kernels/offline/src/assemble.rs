@@ -22,6 +22,8 @@ pub struct Resources {
     pub registers: usize,
     /// Bytes of registers written to and read from memory for want of room.
     pub spills: usize,
+    /// Bytes of a thread's frame in memory.
+    pub stack: usize,
     /// Bytes of shared memory that the code itself declares (the launch adds the rest).
     pub shared: usize,
     /// Tensor-core instructions in the SASS.
@@ -120,29 +122,41 @@ impl Tools {
             bail!("nvdisasm: {}", String::from_utf8_lossy(&sass.stderr));
         }
         let sass = String::from_utf8_lossy(&sass.stdout);
-        Ok(resources(&said, &sass))
+        resources(&said, &sass)
     }
 }
 
-/// Reads ptxas's report and the disassembly.
-fn resources(report: &str, sass: &str) -> Resources {
-    let before = |what: &str| -> usize {
-        report
-            .split(what)
-            .next()
-            .filter(|head| head.len() < report.len())
-            .and_then(|head| head.trim_end().rsplit(|c: char| !c.is_ascii_digit()).next())
-            .and_then(|digits| digits.parse().ok())
-            .unwrap_or(0)
+/// Reads ptxas's report and the disassembly; an error if they do not say what is asked of them.
+fn resources(report: &str, sass: &str) -> anyhow::Result<Resources> {
+    // The numbers before `what`, one for each function of the file that has one.
+    let all = |what: &str| -> anyhow::Result<Vec<usize>> {
+        let heads = report.match_indices(what).map(|(at, _)| report[..at].trim_end());
+        heads
+            .map(|head| head.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap_or_default())
+            .map(|digits| digits.parse().with_context(|| format!("ptxas gives no number of {what}: {report}")))
+            .collect()
     };
+    let said = |what: &str| -> anyhow::Result<Vec<usize>> {
+        let numbers = all(what)?;
+        if numbers.is_empty() {
+            bail!("ptxas says nothing of {what}: {report}");
+        }
+        Ok(numbers)
+    };
+    let sum = |numbers: Vec<usize>| numbers.into_iter().sum::<usize>();
     let instructions = |what: &str| sass.lines().filter(|line| line.contains(what)).count();
-    Resources {
-        registers: before("registers"),
-        spills: before("bytes spill stores") + before("bytes spill loads"),
-        shared: before("bytes smem"),
+    if instructions("EXIT") == 0 {
+        bail!("nvdisasm shows no kernel: {sass}");
+    }
+    Ok(Resources {
+        registers: said("registers")?.into_iter().max().unwrap_or_default(),
+        spills: sum(said("bytes spill stores")?) + sum(said("bytes spill loads")?),
+        stack: sum(said("bytes stack frame")?),
+        // Only where there are any.
+        shared: sum(all("bytes smem")?),
         tensor: instructions("HMMA") + instructions("HGMMA") + instructions("IMMA"),
         tf32: instructions(".TF32"),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -154,8 +168,23 @@ mod tests {
         let report = "ptxas info    : Compiling entry function 'k' for 'sm_90a'\nptxas info    : Function properties for k\n    \
                       0 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\nptxas info    : Used 96 registers, used 1 \
                       barriers, 1024 bytes smem\n";
-        let sass = "  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;\n  FFMA R1, R2, R3, R1 ;\n  HMMA.1688.F32.TF32 R4, R8, R12, R4 ;\n";
-        assert_eq!(resources(report, sass), Resources { registers: 96, spills: 40, shared: 1024, tensor: 2, tf32: 1 });
-        assert_eq!(resources("", "").registers, 0);
+        let sass = "  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;\n  FFMA R1, R2, R3, R1 ;\n  HMMA.1688.F32.TF32 R4, R8, R12, R4 ;\n  \
+                    EXIT ;\n";
+        let expected = Resources { registers: 96, spills: 40, stack: 0, shared: 1024, tensor: 2, tf32: 1 };
+        assert_eq!(resources(report, sass).unwrap(), expected);
+        // A function that was not inlined counts too.
+        let called = format!("{report}    8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads\n");
+        assert_eq!(resources(&called, sass).unwrap(), Resources { spills: 44, stack: 8, ..expected });
+    }
+
+    #[test]
+    fn what_is_not_said_is_no_zero() {
+        let report = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 96 registers\n";
+        assert_eq!(resources(report, "EXIT ;").unwrap().registers, 96);
+        assert!(resources(report, "").is_err());
+        for word in ["registers", "bytes stack frame", "bytes spill stores", "bytes spill loads"] {
+            assert!(resources(&report.replace(word, "of something"), "EXIT ;").is_err(), "{word}");
+        }
+        assert!(resources(&report.replace("96", "few"), "EXIT ;").is_err());
     }
 }

@@ -171,7 +171,9 @@ pub fn tables() -> String {
         text,
         "Limits of one {}: {:.2} TB/s, {:.0} TFLOP/s in bf16 tensor cores, {:.0} TFLOP/s in f32. Floor = the longer of bytes / \
          bandwidth and FLOPs / rate, as if one device held everything; over 8 devices divide by 8 (and add the links). Experts \
-         touched by a batch: 32·(1 - (30/32)^tokens), 2 for one token.\n",
+         touched by a batch: 32·(1 - (30/32)^tokens), 2 for one token.\n\nAssumed: weights, activations (q, k, v and attention's \
+         output among them) and the cache of keys and values in bf16, multiplied on tensor cores; the lightning state, the router \
+         and the logits in f32.\n",
         d.name,
         d.memory / 1e12,
         d.tensor / 1e12,

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::assemble::{Resources, Tools};
 use crate::catalogue::Entry;
+use crate::spills::{MOST, SPILLING};
 use crate::target::{Route, compile, sm90};
 
 /// One line: a kernel by one route.
@@ -32,16 +33,28 @@ impl Row {
         limits.into_iter().min().unwrap_or(0).min(sm90::BLOCKS)
     }
 
-    /// What is wrong with it.
-    fn faults(&self) -> Vec<String> {
+    /// Kernel, dtype, size and route.
+    fn name(&self) -> String {
+        format!("{} {} {}, {}", self.kernel, self.dtype, self.size, self.route.name())
+    }
+
+    /// What is wrong with it; `spilling` names those that are known to spill.
+    fn faults(&self, spilling: &[&str]) -> Vec<String> {
         let mut faults = Vec::new();
-        if self.resources.spills > 0 {
+        let known = spilling.contains(&self.name().as_str());
+        if !known && self.resources.spills > 0 {
             faults.push(format!("spills {} bytes", self.resources.spills));
+        }
+        if known && self.resources.spills == 0 {
+            faults.push("spills no longer: strike it from spills.rs".into());
+        }
+        if self.resources.stack > if known { MOST } else { 0 } {
+            faults.push(format!("a stack frame of {} bytes", self.resources.stack));
         }
         if self.must_use_tensor_cores && self.resources.tensor == 0 {
             faults.push("no tensor-core instruction".into());
         }
-        if self.dtype == "f32" && self.resources.tf32 > 0 {
+        if self.resources.tf32 > 0 {
             faults.push("f32 rounded to TF32".into());
         }
         if self.blocks() == 0 {
@@ -78,14 +91,13 @@ pub fn all(entries: &[Entry], tools: &Tools, folder: &Path) -> Vec<anyhow::Resul
 fn rows(entry: &Entry, tools: &Tools, folder: &Path) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for route in [Route::Ptx, Route::Cpp] {
-        let name = format!("{}_{}_{}_{route:?}", entry.kernel, entry.dtype, entry.size).to_lowercase();
-        let name = name.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+        let name = format!("{}_{}", entry.file(), route.name().to_lowercase());
         let failed = |error: anyhow::Error| error.context(name.clone());
         let code = {
             // One at a time: CubeCL's compilers say nothing about threads.
             static COMPILING: Mutex<()> = Mutex::new(());
             let _one = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
-            compile((entry.definition)(), route).map_err(failed)?
+            compile(entry.instance.define(), route).map_err(failed)?
         };
         let ptx = match route {
             Route::Ptx => code.source,
@@ -99,7 +111,7 @@ fn rows(entry: &Entry, tools: &Tools, folder: &Path) -> anyhow::Result<Vec<Row>>
             dtype: entry.dtype,
             size: entry.size.clone(),
             route,
-            units: entry.units,
+            units: entry.units(),
             shared: code.shared,
             resources: tools.assemble(folder, &name, &ptx).map_err(failed)?,
             must_use_tensor_cores: entry.tensor_cores,
@@ -110,9 +122,8 @@ fn rows(entry: &Entry, tools: &Tools, folder: &Path) -> anyhow::Result<Vec<Row>>
 
 /// Everything that is wrong, a line each.
 pub fn faults(rows: &[Row]) -> Vec<String> {
-    let named =
-        |row: &Row, fault: String| format!("{} {} {}, {}: {fault}", row.kernel, row.dtype, row.size, row.route.name());
-    rows.iter().flat_map(|row| row.faults().into_iter().map(move |fault| named(row, fault))).collect()
+    let named = |row: &Row, fault: String| format!("{}: {fault}", row.name());
+    rows.iter().flat_map(|row| row.faults(&SPILLING).into_iter().map(move |fault| named(row, fault))).collect()
 }
 
 /// The table as Markdown.
@@ -152,7 +163,7 @@ mod tests {
             route: Route::Ptx,
             units,
             shared,
-            resources: Resources { registers, spills: 0, shared: 0, tensor: 0, tf32: 0 },
+            resources: Resources { registers, spills: 0, stack: 0, shared: 0, tensor: 0, tf32: 0 },
             must_use_tensor_cores: false,
         }
     }
@@ -169,9 +180,27 @@ mod tests {
     #[test]
     fn faults_are_named() {
         let mut row = row(32, 0, 128);
-        assert!(row.faults().is_empty());
-        row.resources = Resources { registers: 32, spills: 8, shared: 0, tensor: 0, tf32: 3 };
+        assert!(row.faults(&[]).is_empty());
+        row.dtype = "bf16";
+        row.resources = Resources { registers: 32, spills: 8, stack: 16, shared: 0, tensor: 0, tf32: 3 };
         row.must_use_tensor_cores = true;
-        assert_eq!(row.faults(), ["spills 8 bytes", "no tensor-core instruction", "f32 rounded to TF32"]);
+        let expected =
+            ["spills 8 bytes", "a stack frame of 16 bytes", "no tensor-core instruction", "f32 rounded to TF32"];
+        assert_eq!(row.faults(&[]), expected);
+        let known = "k bf16 128, LLVM";
+        assert_eq!(row.faults(&[known]), expected[2..]);
+        row.resources.stack = MOST + 1;
+        assert_eq!(row.faults(&[known])[0], "a stack frame of 25 bytes");
+        row.resources = Resources { registers: 32, spills: 0, stack: 0, shared: 0, tensor: 1, tf32: 0 };
+        assert_eq!(row.faults(&[known]), ["spills no longer: strike it from spills.rs"]);
+    }
+
+    #[test]
+    fn what_spills_is_in_the_catalogue() {
+        let entries = crate::catalogue::entries();
+        for name in SPILLING {
+            let is = |entry: &Entry| name.starts_with(&format!("{} {} {}, ", entry.kernel, entry.dtype, entry.size));
+            assert!(entries.iter().any(is), "{name}");
+        }
     }
 }

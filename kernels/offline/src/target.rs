@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use cubecl::cuda::CUDA_MAX_BINDINGS;
 use cubecl::cuda::compiler::{CudaBackend, CudaCompilationOptions, CudaCompiler, CudaRepresentation};
 use cubecl::ir::features::Features;
 use cubecl::ir::nvidia::SmArch;
@@ -32,7 +33,7 @@ pub fn properties() -> Arc<DeviceProperties> {
         vector_register_count: None,
         plane_size_min: 32,
         plane_size_max: 32,
-        max_bindings: 64,
+        max_bindings: CUDA_MAX_BINDINGS,
         max_shared_memory_size: sm90::SHARED_PER_BLOCK,
         max_cube_count: (2_147_483_647, 65_535, 65_535),
         max_units_per_cube: 1024,
