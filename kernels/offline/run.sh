@@ -2,7 +2,8 @@
 # Compiles every CUDA kernel for sm_90a without a GPU and writes TABLE.md beside this script.
 #   kernels/offline/run.sh           make the table anew
 #   kernels/offline/run.sh --check   demand that the committed table is that of the sources; it is made anew and compared
-#                                    if its hash is not theirs, or if the tools are here already
+#                                    if its hash is not theirs, or if the tools are here already; then this crate is linted
+#                                    and tested too
 # Tools: LLVM 22 from Debian's packages in place of the bundle that CubeCL's build script would download, and ptxas, NVRTC
 # and nvdisasm from PyPI's wheels. They go to ${M1_OFFLINE:-~/.cache/m1-offline}.
 set -euo pipefail
@@ -14,6 +15,7 @@ hash=$({
   find kernels/src \( -path '*cube*' -o -path '*gpu*' \) -name '*.rs'
   find kernels/offline/src -name '*.rs'
   echo kernels/offline/run.sh
+  echo kernels/offline/Cargo.toml
   echo kernels/offline/Cargo.lock
 } | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1)
 if [ "${1:-}" = --check ] && grep -qs "Sources: \`$hash\`" "$table"; then
@@ -68,8 +70,13 @@ fi
 site=$(echo "$tools"/venv/lib/python3*/site-packages)
 
 export XDG_DATA_HOME=$tools/data CARGO_TARGET_DIR=$tools/target
-cargo build --locked --manifest-path kernels/offline/Cargo.toml
+manifest=kernels/offline/Cargo.toml
+cargo build --locked --manifest-path $manifest
 touch "$tools/ready"
+if [ "${1:-}" = --check ]; then
+  cargo clippy --locked --manifest-path $manifest --all-targets -- -D warnings
+  cargo test --locked --manifest-path $manifest
+fi
 made=$tools/TABLE.md
 # CUDA_PATH: LLVM's kernels take exp from the toolkit's libdevice.
 CUDA_PATH=$site/nvidia/cuda_nvcc "$tools/target/debug/m1-offline" table --tools "$site" --work "$tools/work" --out "$made" --sources "$hash"
