@@ -98,6 +98,11 @@ impl KvRow {
         Self { blocks: Vec::new(), len: 0, room: 0, dtype, largest }
     }
 
+    /// What keys and values are kept in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Tokens held.
     pub fn len(&self) -> usize {
         self.len
@@ -483,7 +488,7 @@ impl Cache {
 mod tests {
     use super::*;
     use crate::batch::Batch;
-    use crate::checkpoint::WeightDtype;
+    use crate::checkpoint::{LoadOptions, WeightDtype, random};
     use crate::trace::Trace;
     use burn::tensor::Distribution;
 
@@ -583,18 +588,43 @@ mod tests {
         assert!(half.keys_values(1, 0).unwrap().0.dtype() == DType::BF16);
     }
 
+    /// As on a device in bf16: queries, keys and values are all halves, and a cache changes no more than the order of sums.
+    #[test]
+    fn a_model_in_halves_reads_a_cache_of_halves_as_its_own_text() {
+        let half = Some(WeightDtype::Bf16);
+        let options = LoadOptions { dtype: half, kv_dtype: half, tensors: true, ..LoadOptions::default() };
+        let model = random(&config(), 1, &Device::flex(), &options).unwrap();
+        let text = text(300, 1);
+        let batch = Batch::new(vec![text.clone()]).last();
+        let values = |x: Tensor<2>| x.into_data().convert::<f32>().try_to_vec::<f32>().unwrap();
+        let wanted = values(model.forward(&batch, None, &mut Trace::none()));
+        let mut cache = Cache::new(&model, 1);
+        let mut got = Vec::new();
+        for part in [&text[..256], &text[256..299], &text[299..]] {
+            let batch = Batch::new(vec![part.to_vec()]).last();
+            got = values(model.forward(&batch, Some(&mut cache), &mut Trace::none()));
+        }
+        let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
+        let error = square(&mut wanted.iter().zip(&got).map(|(a, b)| a - b)) / square(&mut wanted.iter().copied());
+        assert!(error.sqrt() < 0.02, "{}", error.sqrt());
+        assert!(cache.keys_values(1, 0).unwrap().0.dtype() == DType::BF16);
+    }
+
     fn tiny() -> M1 {
         let device = Device::flex();
         device.seed(5);
-        let config = ModelConfig {
+        M1::new(&config(), &device)
+    }
+
+    fn config() -> ModelConfig {
+        ModelConfig {
             vocab_size: 64,
             hidden_size: 32,
             num_hidden_layers: 3,
             attn_type_list: vec![0, 1, 0],
             num_local_experts: 2,
             ..ModelConfig::preset("nano").unwrap()
-        };
-        M1::new(&config, &device)
+        }
     }
 
     fn read(model: &M1, cache: &mut Cache, rows: &[&[u32]]) -> Vec<f32> {

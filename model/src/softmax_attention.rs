@@ -1,7 +1,7 @@
 //! Causal softmax attention with grouped heads and partial rotation: every 8th layer.
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use m1_kernels::rotary::{Rotation, rotary};
 use m1_kernels::softmax_attention::{KeyValues, decode, softmax_attention};
 
@@ -52,11 +52,15 @@ impl SoftmaxAttention {
         let q = self.rotated(self.q_proj.forward(h.clone()), self.heads, rotation);
         let (k, v) = self.k_proj.forward_pair(&self.v_proj, h);
         let k = self.rotated(k, self.kv_heads, rotation);
+        // Halves meet halves, so that a device multiplies them on its tensor cores: in the activations' dtype, if that is also
+        // what keys and values are kept in. Rotation gives f32.
+        let kept = cache.as_ref().and_then(|rows| rows.first()).map_or(dtype, KvRow::dtype);
+        let (q, k) = if kept == dtype { (cast(q, dtype), cast(k, dtype)) } else { (q, k) };
         let o = match cache {
             Some(rows) if layout.one_each() => self.decode(q, k, v, rows),
             cache => layout.join(self.chunk(q, k, v, layout, cache)),
         };
-        self.o_proj.forward(if o.dtype() == dtype { o } else { o.cast(dtype) })
+        self.o_proj.forward(cast(o, dtype))
     }
 
     /// Any number of tokens a row.
@@ -113,4 +117,8 @@ impl SoftmaxAttention {
         }
         if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 0) }
     }
+}
+
+fn cast(x: Tensor<2>, dtype: DType) -> Tensor<2> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
 }

@@ -403,8 +403,7 @@ pub(crate) unsafe fn multiply_bf16_block(
     let (kind, stride, data, first) = match &acts.form {
         Form::Bf16 { stride, data } => (Kind::Bf16, *stride, data, from),
         Form::F32 { stride, data } => (Kind::WideBf16, *stride, data, 2 * from),
-        #[allow(unreachable_patterns)]
-        _ => panic!("activations that were not made for bf16"),
+        Form::Quantized(_) => panic!("activations that were not made for bf16"),
     };
     let data = data.words().get(first..).unwrap_or_default();
     let rows = Rows { data, stride, count: acts.rows, index: None };

@@ -36,10 +36,22 @@ pub fn threads() -> usize {
     THREADS.get().unwrap_or_else(|| {
         *DEFAULT.get_or_init(|| {
             let most = std::thread::available_parallelism().map_or(1, |n| n.get());
-            let asked = std::env::var("M1_THREADS").ok().and_then(|n| n.parse::<usize>().ok());
-            asked.map_or(most, |n| n.clamp(1, most))
+            let asked = std::env::var_os("M1_THREADS").unwrap_or_default();
+            asked_for(&asked.to_string_lossy(), most).unwrap_or_else(|error| {
+                eprintln!("{error}");
+                most
+            })
         })
     })
+}
+
+/// What `M1_THREADS` asks for, at most `most`, which is what it is without.
+fn asked_for(threads: &str, most: usize) -> Result<usize, String> {
+    match (threads, threads.parse()) {
+        ("", _) => Ok(most),
+        (_, Ok(n)) if n > 0 => Ok(most.min(n)),
+        _ => Err(format!("M1_THREADS={threads} is no number of threads from 1 on: all {most} are used")),
+    }
 }
 
 /// Runs `f` with `n` threads for the jobs of this thread (at least 1).
@@ -357,6 +369,15 @@ mod tests {
             total.fetch_add(i + 1, Ordering::Relaxed);
         });
         total.into_inner()
+    }
+
+    #[test]
+    fn a_number_of_threads_is_asked_for() {
+        assert_eq!(["", "1", "3", "99"].map(|n| asked_for(n, 4)), [Ok(4), Ok(1), Ok(3), Ok(4)]);
+        for wrong in ["0", "-1", "two", "1.5"] {
+            let told = asked_for(wrong, 4).unwrap_err();
+            assert!(told.contains(&format!("M1_THREADS={wrong} is no number")), "{told}");
+        }
     }
 
     #[test]
