@@ -109,15 +109,14 @@ pub fn cube_max(value: f32, scratch: &mut Shared<[f32]>, #[comptime] units: usiz
     max
 }
 
-/// `1 / (1 + e^-x)` without overflow. NaN of NaN, told by its bits: a device's `exp` may lose it, and compilers may assume that
-/// there is none.
+/// `1 / (1 + e^-x)` without overflow. NaN of NaN, which a device's `exp` may lose.
 #[cube]
 pub fn sigmoid(x: f32) -> f32 {
     let e = (0.0f32 - x.abs()).exp();
     let small = e / (1.0f32 + e);
     let large = 1.0f32 / (1.0f32 + e);
-    let open = if x < 0.0f32 { small } else { large };
-    if (u32::reinterpret(x) & 0x7fff_ffffu32) > 0x7f80_0000u32 { x } else { open }
+    let positive = if x >= 0.0f32 { large } else { x };
+    if x < 0.0f32 { small } else { positive }
 }
 
 /// Sum of the lanes of a vector.
