@@ -14,7 +14,6 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use crate::base::cube::Limits;
-use crate::base::gpu::sigmoid;
 
 /// What is known of a decode step when it is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,6 +51,17 @@ impl Decode {
     fn shared_bytes(&self) -> usize {
         4 * (2 * self.dim + self.columns + self.units)
     }
+}
+
+/// `1 / (1 + e^-x)` without overflow. NaN of NaN, told by its bits: with the comparisons of the other kernels' sigmoid ptxas
+/// spills here, and with these there.
+#[cube]
+fn sigmoid(x: f32) -> f32 {
+    let e = (0.0f32 - x.abs()).exp();
+    let small = e / (1.0f32 + e);
+    let large = 1.0f32 / (1.0f32 + e);
+    let open = if x < 0.0f32 { small } else { large };
+    if (u32::reinterpret(x) & 0x7fff_ffffu32) > 0x7f80_0000u32 { x } else { open }
 }
 
 /// One head's columns `first ..`: the new state, and `o` of column `unit` for `unit < p.columns` (else 0).
