@@ -208,7 +208,7 @@ enum RowState {
     Softmax(KvRow),
 }
 
-/// One row of a cache as it was at one moment. Holding it costs the lightning states (SPEC §2: 280 MiB for M1); blocks
+/// One row of a cache as it was at one moment. Holding it costs the lightning states (280 MiB for M1); blocks
 /// of keys and values are shared with the row.
 #[derive(Debug, Clone)]
 pub struct Snapshot {

@@ -48,7 +48,7 @@ pub enum ConfigError {
     },
 }
 
-/// The two kinds of attention layer (SPEC §2), in the numbers of `attn_type_list`.
+/// The two kinds of attention layer, in the numbers of `attn_type_list`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttentionKind {
     /// `0`: lightning attention, a recurrent state.
@@ -83,7 +83,7 @@ pub struct ModelConfig {
     pub num_local_experts: usize,
     /// Experts that each token visits.
     pub num_experts_per_tok: usize,
-    /// Epsilon of every RMS norm but lightning attention's own (which is 1e-6, SPEC §2).
+    /// Epsilon of every RMS norm but lightning attention's own (which is 1e-6).
     pub rms_norm_eps: f64,
     /// RoPE base.
     pub rope_theta: f64,

@@ -101,7 +101,7 @@ impl DeviceChoice {
 }
 
 fn cpu() -> OpenDevice {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = m1_kernels::base::pool::threads();
     let name = format!("CPU ({threads} thread{})", if threads == 1 { "" } else { "s" });
     OpenDevice { device: Device::flex(), name, is_cpu: true, is_software: false }
 }

@@ -1,4 +1,4 @@
-//! What a model costs, from its configuration alone: parameters, bytes, FLOPs (SPEC §5).
+//! What a model costs, from its configuration alone: parameters, bytes, FLOPs.
 //!
 //! Sums are in `u128`: no configuration that [`ModelConfig::validate`] accepts overflows them at any context.
 

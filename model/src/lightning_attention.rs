@@ -10,7 +10,7 @@ use crate::batch::Layout;
 use crate::config::ModelConfig;
 use crate::layers::{Linear, RmsNorm};
 
-/// The norm over the heads' outputs has its own epsilon, not the configuration's (SPEC §2).
+/// The norm over the heads' outputs has its own epsilon, not the configuration's (`tests/reference/reference.py`).
 const NORM_EPS: f64 = 1e-6;
 
 /// `self_attn` of a lightning layer.

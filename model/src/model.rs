@@ -227,7 +227,7 @@ impl Places {
     }
 }
 
-/// The router's auxiliary loss over all layers together, times its coefficient (SPEC §2):
+/// The router's auxiliary loss over all layers together, times its coefficient:
 /// `E · Σ_{k,e} mean(onehot_{k,e}) · mean(prob_e) · router_aux_loss_coef`.
 ///
 /// The trace must come from a forward pass with [`Trace::router`]. It is smallest, `k · coefficient`, when every expert gets the same share.

@@ -4,8 +4,8 @@
     pip install numpy safetensors
     python tests/reference/make_gradients.py
 
-The loss is the mean cross entropy of the next token over all rows plus the router's auxiliary loss
-(SPEC §2), everything from reference.py's recurrence. golden.safetensors holds the rows (`tokens_0`, …),
+The loss is the mean cross entropy of the next token over all rows plus the router's auxiliary loss,
+everything from reference.py's recurrence. golden.safetensors holds the rows (`tokens_0`, …),
 `cross_entropy`, `auxiliary` (already multiplied by router_aux_loss_coef), and for each weight NAME
 `index:NAME` (flat positions), `value:NAME` (the derivative there) and `along:NAME`, the derivative
 along the direction cos(flat index), into which every entry of the weight enters.

@@ -1,4 +1,4 @@
-//! Reinforcement learning with MiniMax-M1's recipe (SPEC §4): sample, score, advantage, update.
+//! Reinforcement learning with MiniMax-M1's recipe (arXiv 2506.13585): sample, score, advantage, update.
 //!
 //! CISPO, GRPO, DAPO, PPO and REINFORCE are settings of one loss ([`crate::loss`]); the loop is the same for all. Generation and
 //! training run the same forward, so the probabilities recorded when a token was drawn are those of training, and every

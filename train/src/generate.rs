@@ -38,7 +38,7 @@ pub struct GenerateOptions {
     pub stop: Option<Arc<AtomicBool>>,
 }
 
-/// A reply that has gone round in circles is told by its certainty (SPEC §4): `count` consecutive tokens, each of a
+/// A reply that has gone round in circles is told by its certainty (arXiv 2506.13585): `count` consecutive tokens, each of a
 /// probability above `threshold`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Repetition {

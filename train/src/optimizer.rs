@@ -1,4 +1,4 @@
-//! AdamW with M1's constants: β 0.9 and 0.95, ε 1e-15 (SPEC §4: most gradients lie below 1e-14, where the usual ε
+//! AdamW with M1's constants: β 0.9 and 0.95, ε 1e-15 (arXiv 2506.13585: most gradients lie below 1e-14, where the usual ε
 //! of 1e-8 would swallow the update).
 //!
 //! Different here: the step is one pass over memory, on the flat list of [`crate::parameters`]; the moments are kept by

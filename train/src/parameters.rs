@@ -84,7 +84,7 @@ pub fn tracked<M: Module>(model: &M) -> M {
 }
 
 /// A copy to compute with whose matrices are rounded to bf16: all but the routers and the head, which M1 keeps in f32 in
-/// training and generation alike (SPEC §4). The model itself stays as the masters that an optimizer changes.
+/// training and generation alike (arXiv 2506.13585). The model itself stays as the masters that an optimizer changes.
 pub fn in_bf16<M: Module>(model: &M) -> M {
     struct Round(Vec<String>);
     impl ModuleMapper for Round {

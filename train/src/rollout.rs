@@ -2,7 +2,7 @@
 //!
 //! Different here: a rollout is named by (run seed, step, problem, sample) and depends on nothing else, whatever the rows of
 //! the batch and the workers, so that a resumed run draws what the first would have drawn. Generation and training are one
-//! forward (DESIGN.md), and the recorded probabilities are what the training forward finds, to rounding
+//! forward, and the recorded probabilities are what the training forward finds, to rounding
 //! ([`crate::mismatch`]).
 
 use m1_infer::sampler::SamplingOptions;

@@ -30,7 +30,7 @@ use std::sync::Arc;
 /// The limits of a batcher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchSettings {
-    /// Sequences at once, at least 1; others wait. Each holds a state of its own (SPEC §2: 280 MiB for M1).
+    /// Sequences at once, at least 1; others wait. Each holds a state of its own (280 MiB for M1).
     pub rows: usize,
     /// Tokens of prompts read in one step, about; the steps of decoding wait for no more than that.
     pub prefill_tokens: usize,

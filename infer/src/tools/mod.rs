@@ -1,4 +1,4 @@
-//! Tools: what a client says of them in OpenAI's form, what M1's template and text make of it (SPEC §3), and back.
+//! Tools: what a client says of them in OpenAI's form, what M1's template and text make of it, and back.
 
 mod json;
 mod parser;

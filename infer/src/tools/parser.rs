@@ -1,4 +1,4 @@
-//! M1's tool calls while they stream (SPEC §3): the first `<tool_calls>…</tool_calls>`, one JSON object
+//! M1's tool calls while they stream: the first `<tool_calls>…</tool_calls>`, one JSON object
 //! `{"name": …, "arguments": {…}}` a line. Arguments are given out as they come, so a line that turns bad after its
 //! arguments have begun can't be taken back: a [`ToolEvent::Broken`] says so. Every other bad line is skipped whole. Where
 //! a limit cut the text off, a call that was well so far is no broken one: it stays as far as it came.

@@ -1,4 +1,4 @@
-//! Lightning attention: linear attention whose state decays by `exp(-slope)` at every token (SPEC §2).
+//! Lightning attention: linear attention whose state decays by `exp(-slope)` at every token.
 //!
 //! ```text
 //! S ← exp(-s)·S + kᵀv ;  o = q·S            decay first; o includes its own token

@@ -148,7 +148,7 @@ mod tests {
         [0; 3].map(|_| Tensor::random([rows, heads, tokens, dim], Distribution::Normal(0.0, 1.0), &device))
     }
 
-    /// The recurrence of SPEC §2 in f64, token by token: outputs and the state, row-major.
+    /// The recurrence in f64, token by token: outputs and the state, row-major.
     fn recurrence(q: &[f32], k: &[f32], v: &[f32], slope: f64, dim: usize, state: &mut [f64]) -> Vec<f64> {
         let mut out = Vec::new();
         for t in 0..q.len() / dim {

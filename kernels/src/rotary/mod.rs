@@ -1,5 +1,5 @@
 //! Rotary position embedding of the first `rotary_dim` of each head, half-split: dimension `i` turns with
-//! `i + rotary_dim / 2`. The remaining dimensions pass unchanged (SPEC §2).
+//! `i + rotary_dim / 2`. The remaining dimensions pass unchanged.
 
 mod backward;
 mod cpu;

@@ -37,7 +37,7 @@ pub struct TensorSpec {
     pub role: Role,
 }
 
-/// All tensors of a model with this configuration (SPEC §2, "Tensor names").
+/// All tensors of a model with this configuration, by their names in MiniMax's checkpoints.
 pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let hidden = config.hidden_size;
     let (inner, kv, ffn) = (config.inner_size(), config.kv_size(), config.intermediate_size);

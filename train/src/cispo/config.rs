@@ -188,7 +188,7 @@ pub struct OutputSettings {
 }
 
 impl Default for Config {
-    /// MiniMax-M1's recipe where the report gives it (SPEC §4).
+    /// MiniMax-M1's recipe where the report gives it.
     fn default() -> Self {
         Self {
             name: "cispo".into(),
