@@ -58,6 +58,10 @@ impl<'a> View<'a> {
         View { stored, start: x.layout().start_offset(), strides }
     }
 
+    pub(crate) fn is_bf16(&self) -> bool {
+        matches!(self.stored, Stored::Bf16(_))
+    }
+
     /// The same from column `from` on.
     pub(crate) fn columns(self, from: usize) -> Self {
         View { start: self.start + from * self.strides[3], ..self }

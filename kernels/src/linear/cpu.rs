@@ -6,7 +6,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, TensorData, bf16};
 
-use super::{LinearBackend, LinearPairBackend};
+use super::{LinearBackend, LinearPairBackend, check};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::{contiguous, matrix, tensor, values};
 use crate::base::gemm::{Mat, par_gemm};
@@ -49,7 +49,7 @@ impl LinearBackend for Flex {
 
     fn linear_packed(x: FlexTensor, w: Packed, exact: bool) -> FlexTensor {
         let ([n, input], out) = (dims(&x), w.out());
-        assert_eq!((w.count(), w.input()), (1, input), "x [{n}, {input}] · {w:?}ᵀ");
+        check_packed([n, input], &w);
         let x = contiguous(x);
         let mut y = arbitrary(n * out);
         par_multiply(&Acts::new(w.format(), exact, n, input, &values(&x)), &w, 0, &mut y);
@@ -79,7 +79,7 @@ impl LinearPairBackend for Flex {
     fn linear_pair(x: FlexTensor, first: Packed, second: Packed) -> (FlexTensor, FlexTensor) {
         let [n, input] = dims(&x);
         for w in [&first, &second] {
-            assert_eq!((w.count(), w.input()), (1, input), "x [{n}, {input}] · {w:?}ᵀ");
+            check_packed([n, input], w);
         }
         let x = contiguous(x);
         let (mut y, mut z) = (arbitrary(n * first.out()), arbitrary(n * second.out()));
@@ -87,6 +87,13 @@ impl LinearPairBackend for Flex {
         par_multiply_each(&acts, [(&first, 0, &mut y), (&second, 0, &mut z)]);
         (tensor(y, [n, first.out()]), tensor(z, [n, second.out()]))
     }
+}
+
+/// # Panics
+/// If `w` is several matrices, or its rows are not as long as those of `x`.
+fn check_packed(x: [usize; 2], w: &Packed) {
+    assert_eq!(w.count(), 1, "one matrix, not those of several experts");
+    check(x, [w.out(), w.input()]);
 }
 
 fn dims(x: &FlexTensor) -> [usize; 2] {

@@ -4,7 +4,7 @@
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 
-use super::RmsNormBackend;
+use super::{RmsNormBackend, check, check_gated, check_same};
 use crate::base::flex::tensor;
 use crate::base::math::{LANES, fma, sigmoid1};
 use crate::base::memory::arbitrary;
@@ -17,6 +17,7 @@ const PARTS: usize = 64;
 
 impl RmsNormBackend for Flex {
     fn rms_norm(x: FlexTensor, w: FlexTensor, eps: f64) -> FlexTensor {
+        check(dims(&x), dims(&w));
         let shape = x.layout().shape().clone();
         let w = Weight::new(w);
         let x = Rows::new(x, w.dim);
@@ -57,6 +58,8 @@ impl RmsNormBackend for Flex {
         beta: f64,
         eps: f64,
     ) -> (FlexTensor, FlexTensor) {
+        check(dims(&residual), dims(&w));
+        check_same(dims(&residual), dims(&branch));
         let shape = residual.layout().shape().clone();
         let w = Weight::new(w);
         let (residual, branch) = (Rows::new(residual, w.dim), Rows::new(branch, w.dim));
@@ -76,6 +79,8 @@ impl RmsNormBackend for Flex {
     }
 
     fn gated_rms_norm(o: FlexTensor, gate: FlexTensor, w: FlexTensor, eps: f64) -> FlexTensor {
+        check(dims(&gate), dims(&w));
+        check_gated(o.layout().shape(), dims(&gate));
         let shape = gate.layout().shape().clone();
         let w = Weight::new(w);
         let (o, gate) = (Rows::new(o, w.dim), Rows::new(gate, w.dim));
@@ -117,6 +122,10 @@ impl RmsNormBackend for Flex {
         });
         (tensor(d_o, shape), tensor(d_gate, gate_shape), tensor(sum_parts(d_w, dim), [dim]))
     }
+}
+
+fn dims<const D: usize>(x: &FlexTensor) -> [usize; D] {
+    x.layout().shape().dims()
 }
 
 /// The norm's weight as one run of memory.

@@ -67,8 +67,11 @@ pub trait RmsNormBackend: Backend {
 /// # Panics
 /// If `weight` is not as long as a row.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
-    check(&x, &weight);
-    if !fast(&x, &weight) {
+    let path = Path::of(&x, &weight);
+    if path != Path::Cpu {
+        check(x.dims(), weight.dims());
+    }
+    if path == Path::Reference {
         return reference::rms_norm(x, weight, eps);
     }
     Tensor::from_dispatch(<Dispatch as RmsNormBackend>::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
@@ -76,7 +79,7 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
 
 /// The residual sum and its norm: `sum = residual · alpha + branch · beta`, `normed = rms_norm(sum, weight, eps)`.
 ///
-/// `residual`, `branch` and both results `[n, dim]` of one float dtype (SPEC §2: `alpha` and `beta` of the layer's kind).
+/// `residual`, `branch` and both results `[n, dim]` of one float dtype (`alpha` and `beta` of the layer's kind).
 ///
 /// # Panics
 /// If `residual` and `branch` differ in shape, or `weight` is not as long as a row.
@@ -88,9 +91,12 @@ pub fn add_rms_norm(
     beta: f64,
     eps: f64,
 ) -> (Tensor<2>, Tensor<2>) {
-    check(&residual, &weight);
-    assert_eq!(branch.dims(), residual.dims(), "add_rms_norm: branch and residual are of one shape");
-    if !fast(&residual, &weight) || branch.dtype() != residual.dtype() {
+    let path = Path::of(&residual, &weight);
+    if path != Path::Cpu || branch.dtype() != DType::F32 {
+        check(residual.dims(), weight.dims());
+        check_same(residual.dims(), branch.dims());
+    }
+    if path == Path::Reference || branch.dtype() != residual.dtype() {
         return reference::add_rms_norm(residual, branch, weight, alpha, beta, eps);
     }
     let (residual, branch, weight) = (residual.into_dispatch(), branch.into_dispatch(), weight.into_dispatch());
@@ -106,24 +112,54 @@ pub fn add_rms_norm(
 /// # Panics
 /// If `o` has not as many elements as `gate`, or `weight` is not as long as a row.
 pub fn gated_rms_norm<const D: usize>(o: Tensor<D>, gate: Tensor<2>, weight: Tensor<1>, eps: f64) -> Tensor<2> {
-    check(&gate, &weight);
-    let (of_o, of_gate) = (o.shape().num_elements(), gate.shape().num_elements());
-    assert_eq!(of_o, of_gate, "gated_rms_norm: o {:?} has not the elements of gate {:?}", o.dims(), gate.dims());
-    if !fast(&gate, &weight) || base::on_cpu(&gate) && o.dtype() != DType::F32 {
+    let mut path = Path::of(&gate, &weight);
+    if path == Path::Cpu && o.dtype() != DType::F32 {
+        path = Path::Reference;
+    }
+    if path != Path::Cpu {
+        check(gate.dims(), weight.dims());
+        check_gated(&o.dims(), gate.dims());
+    }
+    if path == Path::Reference {
         return reference::gated_rms_norm(o, gate, weight, eps);
     }
     let (o, gate, weight) = (o.into_dispatch(), gate.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(<Dispatch as RmsNormBackend>::gated_rms_norm(o, gate, weight, eps))
 }
 
+/// Who computes it. On the CPU shapes are looked at behind the dispatch, where they need not be copied; before it elsewhere.
+#[derive(Clone, Copy, PartialEq)]
+enum Path {
+    Cpu,
+    Device,
+    Reference,
+}
+
+impl Path {
+    fn of(x: &Tensor<2>, weight: &Tensor<1>) -> Self {
+        match weight.dtype() {
+            DType::F32 if base::on_cpu(x) && x.dtype() == DType::F32 => Self::Cpu,
+            DType::F32 if on_cube(x) => Self::Device,
+            _ => Self::Reference,
+        }
+    }
+}
+
 /// # Panics
-/// If `weight` is not as long as a row of `x`.
-fn check(x: &Tensor<2>, weight: &Tensor<1>) {
-    let (x, weight) = (x.dims(), weight.dims());
+/// If the weight is not as long as a row of `x`.
+fn check(x: [usize; 2], weight: [usize; 1]) {
     assert_eq!([x[1]], weight, "rms_norm: rows {x:?} want a weight as long as one of them");
 }
 
-/// Whether the extension trait serves these tensors.
-fn fast(x: &Tensor<2>, weight: &Tensor<1>) -> bool {
-    weight.dtype() == DType::F32 && (base::on_cpu(x) && x.dtype() == DType::F32 || on_cube(x))
+/// # Panics
+/// If they differ.
+fn check_same(residual: [usize; 2], branch: [usize; 2]) {
+    assert_eq!(branch, residual, "add_rms_norm: branch and residual are of one shape");
+}
+
+/// # Panics
+/// If `o` has not as many elements as `gate`.
+fn check_gated(o: &[usize], gate: [usize; 2]) {
+    let elements = |shape: &[usize]| shape.iter().product::<usize>();
+    assert_eq!(elements(o), elements(&gate), "gated_rms_norm: o {o:?} has not the elements of gate {gate:?}");
 }

@@ -63,6 +63,8 @@ pub(super) struct Cache<'a> {
     /// Position of each block's first key.
     starts: Vec<usize>,
     len: usize,
+    /// Whether all of it is bf16.
+    halves: bool,
 }
 
 impl<'a> Cache<'a> {
@@ -78,12 +80,10 @@ impl<'a> Cache<'a> {
         let starts = starts.collect();
         let len = len.unwrap_or(all);
         assert!(len <= all, "{len} tokens in blocks of {all}");
-        Cache {
-            keys: keys.iter().map(View::new).collect(),
-            values: values.iter().map(View::new).collect(),
-            starts,
-            len,
-        }
+        let views = |blocks: &'a [FlexTensor]| blocks.iter().map(View::new).collect::<Vec<_>>();
+        let (keys, values) = (views(keys), views(values));
+        let halves = keys.iter().chain(&values).all(View::is_bf16);
+        Cache { keys, values, starts, len, halves }
     }
 
     /// Block and position in it of the key at position `from`.
@@ -193,13 +193,14 @@ pub(super) struct Partial<'a> {
 }
 
 impl<'a> Partial<'a> {
+    /// Whole cache lines: what lies behind begins with one, as the values do.
     fn words(rows: usize, width: usize) -> usize {
-        rows * (width + 2)
+        (rows * (width + 2)).next_multiple_of(LANES)
     }
 
     /// Over `memory`, as it is.
     fn over(memory: &'a mut [f32], rows: usize, width: usize) -> Self {
-        let [max, sum, values] = parts(memory, [rows, rows, rows * width]);
+        let [values, max, sum] = parts(memory, [rows * width, rows, rows]);
         Partial { max, sum, values }
     }
 
@@ -300,7 +301,7 @@ impl<'a> Call<'a> {
             let at = (task.row, task.kv_head);
             if few && first + KEYS <= end.min(self.visible(task, 0)) {
                 let pairs = |side| self.cache.pairs(side, at, first).is_some();
-                let halves = dim.is_multiple_of(PAIRS) && pairs(Side::Keys) && pairs(Side::Values);
+                let halves = self.cache.halves && dim.is_multiple_of(PAIRS) && pairs(Side::Keys) && pairs(Side::Values);
                 let keys = self.tile(Side::Keys, at, first, own, halves, keys);
                 let values = self.tile(Side::Values, at, first, own, halves, values);
                 cpu_few::attend(level, &Few { queries, rows, dim, keys, values, halves }, scores, partial);

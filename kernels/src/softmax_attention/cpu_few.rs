@@ -224,7 +224,12 @@ unsafe fn add_strip<V: Vector, const R: usize, const N: usize, const HALVES: boo
         for key in 0..KEYS {
             let line = values.rows.as_ptr().add(key * values.row);
             let words = N * V::LANES / if HALVES { 2 } else { 1 };
-            next.ask((key + 1) * words / LINE - key * words / LINE);
+            // A count that the compiler knows.
+            if !HALVES || words >= LINE {
+                next.ask(words / LINE);
+            } else if key % (LINE / words) == 0 {
+                next.ask(1);
+            }
             let mut v = [V::zero(); N];
             for n in 0..N {
                 let at = column + n * V::LANES;
