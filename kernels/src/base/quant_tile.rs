@@ -102,8 +102,8 @@ unsafe fn tile(level: Level, tile: &Tile) {
     unsafe {
         let exact = matches!(tile.rows[0], Row::Exact(_));
         match (level, exact) {
-            (Level::Amx | Level::Avx512Bf16, false) => return x86::vnni(tile),
-            (Level::Amx | Level::Avx512Bf16 | Level::Avx512, true) => return x86::exact512(tile),
+            (Level::Amx | Level::Avx512Bf16 | Level::Avx512Vnni, false) => return x86::vnni(tile),
+            (Level::Amx | Level::Avx512Bf16 | Level::Avx512Vnni | Level::Avx512, true) => return x86::exact512(tile),
             (Level::Avx512 | Level::Avx2, false) => return x86::avx2(tile),
             (Level::Avx2, true) => return x86::exact256(tile),
             (Level::Portable, _) => {}

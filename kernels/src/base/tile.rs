@@ -106,7 +106,9 @@ pub(crate) unsafe fn product(level: Level, kind: Kind, units: usize, rows: Rows,
                 Level::Amx | Level::Avx512Bf16 if kind == Kind::Bf16 => {
                     return avx512_bf16(kind, units, rows, panels, target);
                 }
-                Level::Amx | Level::Avx512Bf16 | Level::Avx512 => return avx512(kind, units, rows, panels, target),
+                Level::Amx | Level::Avx512Bf16 | Level::Avx512Vnni | Level::Avx512 => {
+                    return avx512(kind, units, rows, panels, target);
+                }
                 Level::Avx2 => return avx2(kind, units, rows, panels, target),
                 Level::Portable => {}
             }
@@ -195,12 +197,14 @@ impl Step for WideBf16 {
     const WORDS: usize = 2;
     #[inline(always)]
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
-        // One half after the other, and both read: AVX2's 16 registers hold no more beside 12 accumulators, and what the
-        // compiler keeps from the first time would go through the stack.
+        // One half after the other. AVX2 reads both: its 16 registers hold no more beside 12 accumulators, and what the compiler
+        // keeps from the first time would go through the stack.
         // SAFETY: see `product`.
         unsafe {
-            multiply_add(acc, a, at, pair::<V>(b).map(|b| b.low_bf16()));
-            multiply_add(acc, a, at + 1, pair::<V>(unknown(b)).map(|b| b.high_bf16()));
+            let pairs = pair::<V>(b);
+            multiply_add(acc, a, at, pairs.map(|b| b.low_bf16()));
+            let pairs = if V::LANES == 8 { pair::<V>(unknown(b)) } else { pairs };
+            multiply_add(acc, a, at + 1, pairs.map(|b| b.high_bf16()));
         }
     }
 }
