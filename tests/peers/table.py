@@ -3,9 +3,9 @@
     python table.py results.jsonl
 
 The last line of a case stands. The bound of a decode is the rate of reading memory over the bytes that a token reads: its weights, and the
-keys and values of all tokens before it (in f32, as m1 keeps them). That of prefill and training is the highest of three rates in that dtype,
-PyTorch's and OpenBLAS's product of 2048 x 2048 matrices and multiply-adds on registers alone, against the FLOPs that m1 counts
-(model/src/flops.rs). All rates are those measured right before the case (a shared host is not the same machine from minute to minute).
+keys and values of all tokens before it (in f32, as m1 keeps them). That of prefill and training is the highest rate in that dtype, for bf16
+in either, of PyTorch's and OpenBLAS's product of 2048 x 2048 matrices and of multiply-adds on registers alone, against the FLOPs that m1
+counts (model/src/flops.rs). All rates are those measured right before the case (a shared host is not the same machine from minute to minute).
 """
 import json, statistics, sys
 
@@ -54,8 +54,10 @@ for key in sorted(cells, key=order):
             bytes_ = ours["weight_bytes_per_token"] + kv_bytes(model) * (ours["n_depth"] + ours["n_gen"] / 2)
             bound = limits.get("read", 0) * 1e9 / bytes_
         elif flops := ours.get("gflop_per_s"):
-            # int8 and int4 weights have no rate of their own here.
-            bound = max(limits.get(f"{format} {what}", 0) for what in ("matrix, PyTorch", "matrix, OpenBLAS", "multiply-adds")) / (flops / m1)
+            # bf16 may be multiplied as f32, exactly; int8 and int4 weights have no rate of their own here.
+            dtypes = {"f32": ["f32"], "bf16": ["f32", "bf16"]}.get(format, [])
+            highest = [limits.get(f"{dtype} {what}", 0) for dtype in dtypes for what in ("matrix, PyTorch", "matrix, OpenBLAS", "multiply-adds")]
+            bound = max(highest, default=0) / (flops / m1)
     show = lambda x, d=0: "" if not x else f"{x:,.{d}f}"
     digits = 1 if max([m1 or 0] + peers) < 100 else 0
     noise = " *" if any(x.get("others", 0) > 0.05 for x in by.values()) else ""
