@@ -208,7 +208,9 @@ fn plans(limits: &Limits, dim: usize, bindings: usize, fragments: bool) -> Vec<(
         if p.queries != several.queries {
             plans.push((format!("{total} queries"), p));
         }
-        plans.push((format!("{total} queries, text"), Attend { finish: Finish::OutputAndLogSum, ..p }));
+        if total >= cube::TEXT {
+            plans.push((format!("{total} queries, text"), Attend { finish: Finish::OutputAndLogSum, ..p }));
+        }
         let split = Split::Pieces(PIECE);
         plans.push((format!("{total} queries, pieces"), Attend { split, finish: Finish::Partial, ..p }));
     }

@@ -9,7 +9,6 @@ mod catalogue;
 mod matrix;
 mod roofline;
 mod rows;
-mod spills;
 mod table;
 mod target;
 
@@ -89,15 +88,12 @@ fn main() -> anyhow::Result<()> {
                 "# Kernels on sm_90a, compiled and never run\n\nMade by `kernels/offline/run.sh`; no GPU was there. Sources: `{}`.\n\
                  {} kernels, each by CubeCL's two routes (LLVM to PTX, and CUDA C++ through NVRTC), then ptxas. Demanded of every \
                  one of these {} assemblies, or there is no table: tensor cores where f16/bf16 blocks are multiplied, no TF32, no \
-                 spills and no stack frame; but for the {} of attention in `src/spills.rs`, which spill a few bytes (at most {} of \
-                 stack) though registers are left.\n\nNot counted: products of f16 or bf16 tensors with more than 8 rows outside \
+                 spills and no stack frame.\n\nNot counted: products of f16 or bf16 tensors with more than 8 rows outside \
                  the experts, and their gradients, which go to Burn's matmul.\n\n## What each takes\n\n{}\n## What M1's shapes \
                  cost at least\n\n{}",
                 sources,
                 entries.len(),
                 rows.len(),
-                spills::SPILLING.len(),
-                spills::MOST,
                 table::markdown(&rows),
                 roofline::tables()
             );

@@ -7,7 +7,6 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::assemble::{Resources, Tools};
 use crate::catalogue::Entry;
-use crate::spills::{MOST, SPILLING};
 use crate::target::{Route, compile, sm90};
 
 /// One line: a kernel by one route.
@@ -38,17 +37,13 @@ impl Row {
         format!("{} {} {}, {}", self.kernel, self.dtype, self.size, self.route.name())
     }
 
-    /// What is wrong with it; `spilling` names those that are known to spill.
-    fn faults(&self, spilling: &[&str]) -> Vec<String> {
+    /// What is wrong with it.
+    fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
-        let known = spilling.contains(&self.name().as_str());
-        if !known && self.resources.spills > 0 {
+        if self.resources.spills > 0 {
             faults.push(format!("spills {} bytes", self.resources.spills));
         }
-        if known && self.resources.spills == 0 {
-            faults.push("spills no longer: strike it from spills.rs".into());
-        }
-        if self.resources.stack > if known { MOST } else { 0 } {
+        if self.resources.stack > 0 {
             faults.push(format!("a stack frame of {} bytes", self.resources.stack));
         }
         if self.must_use_tensor_cores && self.resources.tensor == 0 {
@@ -123,7 +118,7 @@ fn rows(entry: &Entry, tools: &Tools, folder: &Path) -> anyhow::Result<Vec<Row>>
 /// Everything that is wrong, a line each.
 pub fn faults(rows: &[Row]) -> Vec<String> {
     let named = |row: &Row, fault: String| format!("{}: {fault}", row.name());
-    rows.iter().flat_map(|row| row.faults(&SPILLING).into_iter().map(move |fault| named(row, fault))).collect()
+    rows.iter().flat_map(|row| row.faults().into_iter().map(move |fault| named(row, fault))).collect()
 }
 
 /// The table as Markdown.
@@ -180,27 +175,12 @@ mod tests {
     #[test]
     fn faults_are_named() {
         let mut row = row(32, 0, 128);
-        assert!(row.faults(&[]).is_empty());
+        assert!(row.faults().is_empty());
         row.dtype = "bf16";
         row.resources = Resources { registers: 32, spills: 8, stack: 16, shared: 0, tensor: 0, tf32: 3 };
         row.must_use_tensor_cores = true;
         let expected =
             ["spills 8 bytes", "a stack frame of 16 bytes", "no tensor-core instruction", "f32 rounded to TF32"];
-        assert_eq!(row.faults(&[]), expected);
-        let known = "k bf16 128, LLVM";
-        assert_eq!(row.faults(&[known]), expected[2..]);
-        row.resources.stack = MOST + 1;
-        assert_eq!(row.faults(&[known])[0], "a stack frame of 25 bytes");
-        row.resources = Resources { registers: 32, spills: 0, stack: 0, shared: 0, tensor: 1, tf32: 0 };
-        assert_eq!(row.faults(&[known]), ["spills no longer: strike it from spills.rs"]);
-    }
-
-    #[test]
-    fn what_spills_is_in_the_catalogue() {
-        let entries = crate::catalogue::entries();
-        for name in SPILLING {
-            let is = |entry: &Entry| name.starts_with(&format!("{} {} {}, ", entry.kernel, entry.dtype, entry.size));
-            assert!(entries.iter().any(is), "{name}");
-        }
+        assert_eq!(row.faults(), expected);
     }
 }

@@ -217,20 +217,40 @@ fn strip(m: usize, n: usize, planes: usize) -> usize {
     [4, 2].into_iter().find(|w| cols.is_multiple_of(*w) && rows * cols / w >= planes).unwrap_or(1)
 }
 
-/// See [`Product`]. `factor` scales `c` where it is added to, and only without fragments: with them it must be 1.
+/// `UNIT_POS`, by way of a word of shared memory that holds 0, as no compiler can know behind a barrier. So none makes all
+/// addresses of a loop before it and carries them round in registers until these spill.
 #[cube]
+pub fn here(nought: &Shared<[u32]>) -> usize {
+    (UNIT_POS + nought[0]) as usize
+}
+
+/// The word for [`here`], which holds behind the next barrier.
+#[cube]
+pub fn nought() -> Shared<[u32]> {
+    let mut nought = Shared::<[u32]>::new_slice(1usize);
+    if UNIT_POS == 0 {
+        nought[0] = 0u32;
+    }
+    nought
+}
+
+/// See [`Product`]; `unit` is the caller's number. `factor` scales `c` where it is added to, and only without fragments:
+/// with them it must be 1.
+#[cube]
+#[allow(clippy::too_many_arguments)]
 pub fn product<A: Float, B: Float>(
     a: &[A],
     b: &[B],
     c: &mut [f32],
     factor: f32,
+    unit: usize,
     #[comptime] p: Product,
     #[comptime] team: Team,
 ) {
     if comptime![team.plane > 0] {
-        product_of_fragments::<A, B>(a, b, c, p, team);
+        product_of_fragments::<A, B>(a, b, c, unit, p, team);
     } else {
-        product_of_units::<A, B>(a, b, c, factor, p, team);
+        product_of_units::<A, B>(a, b, c, factor, unit, p, team);
     }
 }
 
@@ -239,6 +259,7 @@ fn product_of_fragments<A: Float, B: Float>(
     a: &[A],
     b: &[B],
     c: &mut [f32],
+    unit: usize,
     #[comptime] p: Product,
     #[comptime] team: Team,
 ) {
@@ -249,7 +270,7 @@ fn product_of_fragments<A: Float, B: Float>(
     let steps = comptime![p.k / FRAGMENT];
     let a_layout = comptime![if p.a_transposed { cmma::MatrixLayout::ColMajor } else { cmma::MatrixLayout::RowMajor }];
     let b_layout = comptime![if p.b_transposed { cmma::MatrixLayout::ColMajor } else { cmma::MatrixLayout::RowMajor }];
-    let first = UNIT_POS as usize / team.plane;
+    let first = unit / team.plane;
     for strip in range_stepped(first, across * down, planes) {
         let row = strip / across * FRAGMENT;
         let col = strip % across * (width * FRAGMENT);
@@ -322,11 +343,13 @@ fn product_of_fragments<A: Float, B: Float>(
 }
 
 #[cube]
+#[allow(clippy::too_many_arguments)]
 fn product_of_units<A: Float, B: Float>(
     a: &[A],
     b: &[B],
     c: &mut [f32],
     factor: f32,
+    unit: usize,
     #[comptime] p: Product,
     #[comptime] team: Team,
 ) {
@@ -336,7 +359,7 @@ fn product_of_units<A: Float, B: Float>(
     // A unit's rows and columns lie `down` and `across` apart: neighbours read neighbouring banks.
     let across = comptime![p.n / width];
     let down = comptime![p.m / height];
-    for square in range_stepped(UNIT_POS as usize, across * down, team.units) {
+    for square in range_stepped(unit, across * down, team.units) {
         let row = square / across;
         let col = square % across;
         let mut sums = Array::<f32>::new(comptime![height * width]);

@@ -21,7 +21,7 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::base::cube::{FRAGMENT, Limits, Product, Team, finite, pitch, product};
+use crate::base::cube::{FRAGMENT, Limits, Product, Team, finite, here, nought, pitch, product};
 
 /// The order in which tokens are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -86,7 +86,7 @@ impl Scan {
         let operands = 2 * tile(self.block, self.dim) + tile(self.block, self.columns);
         let copies = if fragments { tile(self.block, self.block) + tile(self.dim, self.columns) } else { 2 };
         let sums = tile(self.block, self.block) + tile(self.block, self.columns) + tile(self.dim, self.columns);
-        operand * (operands + copies) + 4 * (sums + 2 * self.team.units + self.block + 1)
+        operand * (operands + copies) + 4 * (sums + 2 * self.team.units + self.block + 2)
     }
 }
 
@@ -145,6 +145,7 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
     // The first token of the block that is not finite in a column, by lane, and the NaN that it leaves.
     let mut broken_at = Shared::<[u32]>::new_slice(units);
     let mut broken_by = Shared::<[f32]>::new_slice(units);
+    let nought = nought();
 
     for n in range_stepped(unit, comptime![p.block + 1], units) {
         decay[n] = (-slope * f32::cast_from(n)).exp();
@@ -160,6 +161,8 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
         state[r * narrow + column] = value;
     }
 
+    sync_cube();
+
     // 0, or NaN once this unit's column is broken.
     let mut poison = 0.0f32;
     let mut done = 0usize;
@@ -171,6 +174,9 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
             count = room;
         }
 
+        let unit = here(&nought);
+        let lane = unit / p.columns;
+        let column = unit % p.columns;
         for x in range_stepped(unit, comptime![p.block * p.dim], units) {
             let i = x / p.dim;
             let e = x % p.dim;
@@ -212,6 +218,7 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
             &b_tile,
             &mut scores,
             1.0f32,
+            here(&nought),
             comptime![Product {
                 m: p.block,
                 n: p.block,
@@ -227,6 +234,7 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
         );
         sync_cube();
 
+        let unit = here(&nought);
         for x in range_stepped(unit, comptime![p.block * p.block], units) {
             let i = x / p.block;
             let j = x % p.block;
@@ -250,8 +258,8 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
             }
         }
         if comptime![fragments] {
-            for r in range_stepped(lane, p.dim, lanes) {
-                let at = r * narrow + column;
+            for r in range_stepped(unit / p.columns, p.dim, lanes) {
+                let at = r * narrow + unit % p.columns;
                 operand[at] = O::cast_from(state[at]);
                 state[at] = state[at] * decay[count];
             }
@@ -282,20 +290,23 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
             add: true,
         }];
         if comptime![fragments] {
-            product::<O, O>(&weights, &c_tile, &mut sums, 1.0f32, within, p.team);
+            product::<O, O>(&weights, &c_tile, &mut sums, 1.0f32, here(&nought), within, p.team);
             sync_cube();
-            product::<O, O>(&a_tile, &operand, &mut sums, 1.0f32, across, p.team);
-            product::<O, O>(&b_tile, &c_tile, &mut state, 1.0f32, update, p.team);
+            product::<O, O>(&a_tile, &operand, &mut sums, 1.0f32, here(&nought), across, p.team);
+            product::<O, O>(&b_tile, &c_tile, &mut state, 1.0f32, here(&nought), update, p.team);
             sync_cube();
         } else {
-            product::<f32, O>(&scores, &c_tile, &mut sums, 1.0f32, within, p.team);
+            product::<f32, O>(&scores, &c_tile, &mut sums, 1.0f32, here(&nought), within, p.team);
             sync_cube();
-            product::<O, f32>(&a_tile, &state, &mut sums, 1.0f32, across, p.team);
+            product::<O, f32>(&a_tile, &state, &mut sums, 1.0f32, here(&nought), across, p.team);
             sync_cube();
-            product::<O, O>(&b_tile, &c_tile, &mut state, decay[count], update, p.team);
+            product::<O, O>(&b_tile, &c_tile, &mut state, decay[count], here(&nought), update, p.team);
             sync_cube();
         }
 
+        let unit = here(&nought);
+        let lane = unit / p.columns;
+        let column = unit % p.columns;
         let mut broken = comptime![p.block as u32].runtime();
         let mut nan = 0.0f32;
         for l in 0..lanes {
@@ -319,6 +330,9 @@ pub fn lightning_scan<A: Float, B: Float, C: Float, Y: Float, O: Float>(
         done += count;
     }
 
+    let unit = here(&nought);
+    let lane = unit / p.columns;
+    let column = unit % p.columns;
     for token in range_stepped(length + lane, tokens, lanes) {
         let at = row * out.stride(0) + head * out.stride(1) + token * out.stride(2) + first_column + column;
         out[at] = Y::cast_from(0.0f32);

@@ -16,7 +16,7 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::base::cube::{FRAGMENT, Limits, Product, Team, finite, pitch, product};
+use crate::base::cube::{FRAGMENT, Limits, Product, Team, finite, here, nought, pitch, product};
 
 /// The maximum before any key: finite, as it is a literal, and below every score that leaves a trace.
 const LOWEST: f32 = -3.0e38;
@@ -101,7 +101,7 @@ impl Attend {
         let weights = if fragments { tile(self.queries, self.keys) } else { 1 };
         let operands = tile(self.queries, self.dim) + tile(self.keys, self.dim) + weights;
         let sums = tile(self.queries, self.keys) + tile(self.queries, self.dim);
-        operand * operands + 4 * (sums + 4 * self.team.units + 2 * self.queries)
+        operand * operands + 4 * (sums + 4 * self.team.units + 2 * self.queries + 1)
     }
 }
 
@@ -111,6 +111,7 @@ impl Attend {
 pub fn load_queries<F: Float, O: Float>(
     x: &Tensor<F>,
     tile: &mut Shared<[O]>,
+    unit: usize,
     row: usize,
     kv_head: usize,
     first: usize,
@@ -122,7 +123,7 @@ pub fn load_queries<F: Float, O: Float>(
     let wide = comptime![pitch(dim, team.plane > 0)];
     let total = x.shape(2) * group;
     let start = row * x.stride(0) + kv_head * group * x.stride(1);
-    for cell in range_stepped(UNIT_POS as usize, comptime![queries * dim], team.units) {
+    for cell in range_stepped(unit, comptime![queries * dim], team.units) {
         let i = cell / dim;
         let e = cell % dim;
         let n = first + i;
@@ -140,6 +141,7 @@ pub fn load_queries<F: Float, O: Float>(
 pub fn load_keys<K: Float, O: Float>(
     x: &Tensor<K>,
     tile: &mut Shared<[O]>,
+    unit: usize,
     row: usize,
     kv_head: usize,
     first: usize,
@@ -149,7 +151,7 @@ pub fn load_keys<K: Float, O: Float>(
     #[comptime] team: Team,
 ) {
     let start = row * x.stride(0) + kv_head * x.stride(1) + first * x.stride(2);
-    load_run::<K, O>(x, tile, start, x.stride(2), count, keys, dim, team);
+    load_run::<K, O>(x, tile, unit, start, x.stride(2), count, keys, dim, team);
 }
 
 /// The tile of `count` keys, the first at element `start` and each `step` behind the one before; 0 behind.
@@ -158,6 +160,7 @@ pub fn load_keys<K: Float, O: Float>(
 fn load_run<K: Float, O: Float>(
     x: &Tensor<K>,
     tile: &mut Shared<[O]>,
+    unit: usize,
     start: usize,
     step: usize,
     count: usize,
@@ -166,7 +169,7 @@ fn load_run<K: Float, O: Float>(
     #[comptime] team: Team,
 ) {
     let wide = comptime![pitch(dim, team.plane > 0)];
-    for cell in range_stepped(UNIT_POS as usize, comptime![keys * dim], team.units) {
+    for cell in range_stepped(unit, comptime![keys * dim], team.units) {
         let j = cell / dim;
         let e = cell % dim;
         let mut value = 0.0f32;
@@ -175,6 +178,19 @@ fn load_run<K: Float, O: Float>(
         }
         tile[j * wide + e] = O::cast_from(value);
     }
+}
+
+/// How many of a tile's `count` keys, the first at position `from`, are seen by a query that sees those below `end`.
+#[cube]
+fn seen_of_tile(end: usize, from: usize, count: usize) -> usize {
+    let mut visible = 0usize;
+    if end > from {
+        visible = end - from;
+    }
+    if visible > count {
+        visible = count;
+    }
+    visible
 }
 
 /// `CUBE_POS = (tile of queries or piece of keys, key head, row)`.
@@ -204,9 +220,7 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
     let row = CUBE_POS_Z as usize;
     let units = comptime![p.team.units];
     let fragments = comptime![p.team.plane > 0];
-    let tokens = q.shape(2);
-    let heads = q.shape(1);
-    let total = tokens * p.group;
+    let total = q.shape(2) * p.group;
     let past = past as usize;
 
     let pieces = comptime![match p.split {
@@ -261,18 +275,15 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
     let mut part_sums = Shared::<[f32]>::new_slice(units);
     let mut broken_at = Shared::<[u32]>::new_slice(units);
     let mut broken_by = Shared::<[f32]>::new_slice(units);
+    let nought = nought();
 
     // Units side by side share a query in the softmax, and keep to a column where they touch values.
-    let helpers = comptime![units / p.queries];
-    let query = unit / helpers;
-    let helper = unit % helpers;
+    // Not more than 8: the loop over them is unrolled.
+    let helpers = comptime![(units / p.queries).min(8)];
     let lanes = comptime![units / p.dim];
-    let lane = unit / p.dim;
-    let column = unit % p.dim;
     let scale = 1.0f32 / (p.dim as f32).sqrt();
 
-    load_queries::<F, O>(q, &mut q_tile, row, kv_head, first, p.queries, p.group, p.dim, p.team);
-    let stats_row = (slot * q.shape(0) + row) * heads;
+    load_queries::<F, O>(q, &mut q_tile, unit, row, kv_head, first, p.queries, p.group, p.dim, p.team);
     for cell in range_stepped(unit, comptime![p.queries * p.dim], units) {
         let i = cell / p.dim;
         let e = cell % p.dim;
@@ -295,7 +306,10 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         if comptime![p.resume] {
             let n = first + i;
             if n < total {
-                let at = ((stats_row + kv_head * p.group + n % p.group) * tokens + n / p.group) * 2;
+                let at = slot * stats.stride(0)
+                    + row * stats.stride(1)
+                    + (kv_head * p.group + n % p.group) * stats.stride(2)
+                    + n / p.group * stats.stride(3);
                 max = stats[at];
                 sum = stats[at + 1];
             }
@@ -304,15 +318,18 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         totals[i] = sum;
     }
 
-    let mut at = u32::MAX.runtime();
-    let mut by = 0.0f32;
-    // Position of the block's first key.
-    let mut base = from as usize;
+    // The first value of this unit's column that is not finite, and the NaN that it leaves.
+    broken_at[unit] = u32::MAX.runtime();
+    broken_by[unit] = 0.0f32;
+    sync_cube();
+    // Position of the next tile's first key.
+    let mut position = from as usize;
     if comptime![split] {
+        position += within;
         #[unroll]
         for b in 0..p.blocks {
             if b < block {
-                base += keys[b].shape(2);
+                position += keys[b].shape(2);
             }
         }
     }
@@ -323,10 +340,18 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         let mut key_step = 0usize;
         let mut value_start = 0usize;
         let mut value_step = 0usize;
+        // As [`here`] does it for the units; without fragments that made other loops spill.
+        let mut row = row;
+        let mut kv_head = kv_head;
+        if comptime![fragments] {
+            row += nought[0] as usize;
+            kv_head += nought[0] as usize;
+        }
         #[unroll]
         for b in 0..p.blocks {
             if b == block {
-                length = keys[b].shape(2);
+                // As the values tell it: a split launch need not keep what the keys told it above.
+                length = values[b].shape(2);
                 key_step = keys[b].stride(2);
                 key_start = row * keys[b].stride(0) + kv_head * keys[b].stride(1) + within * key_step;
                 value_step = values[b].stride(2);
@@ -338,7 +363,7 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
                 length = end;
             }
         }
-        if within < length && base + within < seen {
+        if within < length && position < seen {
             let mut count = length - within;
             if count > p.keys {
                 count = comptime![p.keys].runtime();
@@ -346,7 +371,17 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
             #[unroll]
             for b in 0..p.blocks {
                 if b == block {
-                    load_run::<K, O>(&keys[b], &mut tile, key_start, key_step, count, p.keys, p.dim, p.team);
+                    load_run::<K, O>(
+                        &keys[b],
+                        &mut tile,
+                        here(&nought),
+                        key_start,
+                        key_step,
+                        count,
+                        p.keys,
+                        p.dim,
+                        p.team,
+                    );
                 }
             }
             sync_cube();
@@ -356,6 +391,7 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
                 &tile,
                 &mut scores,
                 1.0f32,
+                here(&nought),
                 comptime![Product {
                     m: p.queries,
                     n: p.keys,
@@ -371,25 +407,24 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
             );
             sync_cube();
 
-            // The position up to which this unit's query sees keys, counted within the tile.
-            let position = past + (first + query) / p.group + 1;
-            let mut visible = 0usize;
-            if position > base + within {
-                visible = position - base - within;
-            }
-            if visible > count {
-                visible = count;
-            }
+            let unit = here(&nought);
+            let query = unit / helpers;
+            let helper = unit % helpers;
+            let visible = seen_of_tile(past + (first + query) / p.group + 1, position, count);
             let mut max = LOWEST.runtime();
             if query < p.queries {
-                for j in range_stepped(helper, visible, helpers) {
+                // How many steps a loop has takes registers, unless it is a constant; but a short one that is a constant is unrolled.
+                let end = if comptime![fragments || helpers <= 4] { p.keys.runtime() } else { visible };
+                for j in range_stepped(helper, end, helpers) {
                     let score = scores[query * square + j] * scale;
-                    if score > max {
+                    if j < visible && score > max {
                         max = score;
                     }
                 }
             }
             parts[unit] = max;
+            let lane = unit / p.dim;
+            let column = unit % p.dim;
             if lane < lanes {
                 #[unroll]
                 for b in 0..p.blocks {
@@ -401,9 +436,9 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
                             if j < count {
                                 value = f32::cast_from(x[start + j * value_step]);
                                 if !finite(value) {
-                                    if at == u32::MAX {
-                                        at = (base + within + j) as u32;
-                                        by = value - value;
+                                    if broken_at[unit] == u32::MAX {
+                                        broken_at[unit] = (position + j) as u32;
+                                        broken_by[unit] = value - value;
                                     }
                                     value = 0.0f32;
                                 }
@@ -415,6 +450,10 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
             }
             sync_cube();
 
+            let unit = here(&nought);
+            let query = unit / helpers;
+            let helper = unit % helpers;
+            let visible = seen_of_tile(past + (first + query) / p.group + 1, position, count);
             let mut max = 0.0f32;
             let mut shrink = 1.0f32;
             if query < p.queries {
@@ -448,7 +487,9 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
             }
             sync_cube();
 
-            if query < p.queries && helper == 0 {
+            let unit = here(&nought);
+            let query = unit / helpers;
+            if query < p.queries && unit % helpers == 0 {
                 let mut sum = totals[query] * shrink;
                 for h in 0..helpers {
                     sum += part_sums[query * helpers + h];
@@ -468,25 +509,26 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
                 add: true,
             }];
             if comptime![fragments] {
-                product::<O, O>(&weights, &tile, &mut sums, 1.0f32, add, p.team);
+                product::<O, O>(&weights, &tile, &mut sums, 1.0f32, unit, add, p.team);
             } else {
-                product::<f32, O>(&scores, &tile, &mut sums, 1.0f32, add, p.team);
+                product::<f32, O>(&scores, &tile, &mut sums, 1.0f32, unit, add, p.team);
             }
             sync_cube();
         }
         within += p.keys;
+        position += p.keys;
         if within >= length {
             if comptime![!split] {
-                base += length;
+                position -= within - length;
                 within = 0usize;
             }
             block += 1;
         }
     }
 
-    broken_at[unit] = at;
-    broken_by[unit] = by;
-    sync_cube();
+    // Sizes as the outputs tell them: those of the queries need not be kept till here.
+    let unit = here(&nought);
+    let total = out.shape(3) * p.group;
     for cell in range_stepped(unit, comptime![p.queries * p.dim], units) {
         let i = cell / p.dim;
         let e = cell % p.dim;
@@ -513,11 +555,16 @@ pub fn softmax_attend<F: Float, K: Float, O: Float>(
         for i in range_stepped(unit, p.queries, units) {
             let n = first + i;
             if n < total {
-                let at = (stats_row + kv_head * p.group + n % p.group) * tokens + n / p.group;
+                let head = kv_head * p.group + n % p.group;
                 if comptime![p.finish == Finish::Partial] {
-                    stats[at * 2] = maxima[i];
-                    stats[at * 2 + 1] = totals[i];
+                    let at = slot * stats.stride(0)
+                        + row * stats.stride(1)
+                        + head * stats.stride(2)
+                        + n / p.group * stats.stride(3);
+                    stats[at] = maxima[i];
+                    stats[at + 1] = totals[i];
                 } else {
+                    let at = row * stats.stride(0) + head * stats.stride(1) + n / p.group;
                     stats[at] = maxima[i] + totals[i].ln();
                 }
             }

@@ -16,7 +16,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::attend::{load_keys, load_queries};
-use crate::base::cube::{FRAGMENT, Limits, Product, Team, pitch, product};
+use crate::base::cube::{FRAGMENT, Limits, Product, Team, here, nought, pitch, product};
 
 /// What is known of a backward pass when it is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,7 +55,7 @@ impl Backward {
         let copies = if fragments { 2 * tile(self.queries, self.keys) } else { 2 };
         let operands = 2 * tile(self.queries, self.dim) + 2 * tile(self.keys, self.dim) + copies;
         let sums = 2 * tile(self.queries, self.keys) + 2 * tile(self.keys, self.dim).max(tile(self.queries, self.dim));
-        operand * operands + 4 * sums
+        operand * operands + 4 * (sums + 1)
     }
 }
 
@@ -95,6 +95,7 @@ fn weights<O: Float>(
     p_tile: &mut Shared<[O]>,
     ds_tile: &mut Shared<[O]>,
     stats: &Tensor<f32>,
+    unit: usize,
     head_row: usize,
     tokens: usize,
     first_query: usize,
@@ -104,7 +105,7 @@ fn weights<O: Float>(
     let fragments = comptime![p.team.plane > 0];
     let square = comptime![pitch(p.keys, fragments)];
     let scale = 1.0f32 / (p.dim as f32).sqrt();
-    for cell in range_stepped(UNIT_POS as usize, comptime![p.queries * p.keys], p.team.units) {
+    for cell in range_stepped(unit, comptime![p.queries * p.keys], p.team.units) {
         let i = cell / p.keys;
         let j = cell % p.keys;
         let at = i * square + j;
@@ -159,9 +160,10 @@ pub fn softmax_backward_queries<F: Float, O: Float>(
     let mut p_tile = Shared::<[O]>::new_slice(comptime![if fragments { p.queries * square } else { 1 }]);
     let mut ds_tile = Shared::<[O]>::new_slice(comptime![if fragments { p.queries * square } else { 1 }]);
     let mut sums = Shared::<[f32]>::new_slice(comptime![p.queries * wide]);
+    let nought = nought();
 
-    load_queries::<F, O>(q, &mut q_tile, row, kv_head, first, p.queries, p.group, p.dim, p.team);
-    load_queries::<f32, O>(d_o, &mut do_tile, row, kv_head, first, p.queries, p.group, p.dim, p.team);
+    load_queries::<F, O>(q, &mut q_tile, unit, row, kv_head, first, p.queries, p.group, p.dim, p.team);
+    load_queries::<f32, O>(d_o, &mut do_tile, unit, row, kv_head, first, p.queries, p.group, p.dim, p.team);
     for cell in range_stepped(unit, comptime![p.queries * wide], p.team.units) {
         sums[cell] = 0.0f32;
     }
@@ -191,29 +193,30 @@ pub fn softmax_backward_queries<F: Float, O: Float>(
     if seen > tokens {
         seen = tokens;
     }
+    sync_cube();
     for key in range_stepped(0usize, seen, p.keys) {
         let mut count = tokens - key;
         if count > p.keys {
             count = comptime![p.keys].runtime();
         }
-        load_keys::<F, O>(v, &mut tile, row, kv_head, key, count, p.keys, p.dim, p.team);
+        load_keys::<F, O>(v, &mut tile, here(&nought), row, kv_head, key, count, p.keys, p.dim, p.team);
         sync_cube();
-        product::<O, O>(&do_tile, &tile, &mut ds, 1.0f32, scores, p.team);
+        product::<O, O>(&do_tile, &tile, &mut ds, 1.0f32, here(&nought), scores, p.team);
         sync_cube();
-        load_keys::<F, O>(k, &mut tile, row, kv_head, key, count, p.keys, p.dim, p.team);
+        load_keys::<F, O>(k, &mut tile, here(&nought), row, kv_head, key, count, p.keys, p.dim, p.team);
         sync_cube();
-        product::<O, O>(&q_tile, &tile, &mut s, 1.0f32, scores, p.team);
+        product::<O, O>(&q_tile, &tile, &mut s, 1.0f32, here(&nought), scores, p.team);
         sync_cube();
-        weights::<O>(&mut s, &mut ds, &mut p_tile, &mut ds_tile, stats, head_row, tokens, first, key, p);
+        weights::<O>(&mut s, &mut ds, &mut p_tile, &mut ds_tile, stats, here(&nought), head_row, tokens, first, key, p);
         sync_cube();
         if comptime![fragments] {
-            product::<O, O>(&ds_tile, &tile, &mut sums, 1.0f32, add, p.team);
+            product::<O, O>(&ds_tile, &tile, &mut sums, 1.0f32, here(&nought), add, p.team);
         } else {
-            product::<f32, O>(&ds, &tile, &mut sums, 1.0f32, add, p.team);
+            product::<f32, O>(&ds, &tile, &mut sums, 1.0f32, here(&nought), add, p.team);
         }
         sync_cube();
     }
-    for cell in range_stepped(unit, comptime![p.queries * p.dim], p.team.units) {
+    for cell in range_stepped(here(&nought), comptime![p.queries * p.dim], p.team.units) {
         let i = cell / p.dim;
         let e = cell % p.dim;
         let n = first + i;
@@ -260,13 +263,14 @@ pub fn softmax_backward_keys<F: Float, O: Float>(
     let mut ds_tile = Shared::<[O]>::new_slice(comptime![if fragments { p.queries * square } else { 1 }]);
     let mut k_sums = Shared::<[f32]>::new_slice(comptime![p.keys * wide]);
     let mut v_sums = Shared::<[f32]>::new_slice(comptime![p.keys * wide]);
+    let nought = nought();
 
     let mut count = tokens - key;
     if count > p.keys {
         count = comptime![p.keys].runtime();
     }
-    load_keys::<F, O>(k, &mut k_tile, row, kv_head, key, count, p.keys, p.dim, p.team);
-    load_keys::<F, O>(v, &mut v_tile, row, kv_head, key, count, p.keys, p.dim, p.team);
+    load_keys::<F, O>(k, &mut k_tile, unit, row, kv_head, key, count, p.keys, p.dim, p.team);
+    load_keys::<F, O>(v, &mut v_tile, unit, row, kv_head, key, count, p.keys, p.dim, p.team);
     for cell in range_stepped(unit, comptime![p.keys * wide], p.team.units) {
         k_sums[cell] = 0.0f32;
         v_sums[cell] = 0.0f32;
@@ -295,25 +299,37 @@ pub fn softmax_backward_keys<F: Float, O: Float>(
     }];
     // Queries before the first key of the tile don't see it.
     let start = key * p.group / p.queries * p.queries;
+    sync_cube();
     for first in range_stepped(start, tokens * p.group, p.queries) {
-        load_queries::<F, O>(q, &mut q_tile, row, kv_head, first, p.queries, p.group, p.dim, p.team);
-        load_queries::<f32, O>(d_o, &mut do_tile, row, kv_head, first, p.queries, p.group, p.dim, p.team);
+        load_queries::<F, O>(q, &mut q_tile, here(&nought), row, kv_head, first, p.queries, p.group, p.dim, p.team);
+        load_queries::<f32, O>(
+            d_o,
+            &mut do_tile,
+            here(&nought),
+            row,
+            kv_head,
+            first,
+            p.queries,
+            p.group,
+            p.dim,
+            p.team,
+        );
         sync_cube();
-        product::<O, O>(&q_tile, &k_tile, &mut s, 1.0f32, scores, p.team);
-        product::<O, O>(&do_tile, &v_tile, &mut ds, 1.0f32, scores, p.team);
+        product::<O, O>(&q_tile, &k_tile, &mut s, 1.0f32, here(&nought), scores, p.team);
+        product::<O, O>(&do_tile, &v_tile, &mut ds, 1.0f32, here(&nought), scores, p.team);
         sync_cube();
-        weights::<O>(&mut s, &mut ds, &mut p_tile, &mut ds_tile, stats, head_row, tokens, first, key, p);
+        weights::<O>(&mut s, &mut ds, &mut p_tile, &mut ds_tile, stats, here(&nought), head_row, tokens, first, key, p);
         sync_cube();
         if comptime![fragments] {
-            product::<O, O>(&p_tile, &do_tile, &mut v_sums, 1.0f32, add, p.team);
-            product::<O, O>(&ds_tile, &q_tile, &mut k_sums, 1.0f32, add, p.team);
+            product::<O, O>(&p_tile, &do_tile, &mut v_sums, 1.0f32, here(&nought), add, p.team);
+            product::<O, O>(&ds_tile, &q_tile, &mut k_sums, 1.0f32, here(&nought), add, p.team);
         } else {
-            product::<f32, O>(&s, &do_tile, &mut v_sums, 1.0f32, add, p.team);
-            product::<f32, O>(&ds, &q_tile, &mut k_sums, 1.0f32, add, p.team);
+            product::<f32, O>(&s, &do_tile, &mut v_sums, 1.0f32, here(&nought), add, p.team);
+            product::<f32, O>(&ds, &q_tile, &mut k_sums, 1.0f32, here(&nought), add, p.team);
         }
         sync_cube();
     }
-    for cell in range_stepped(unit, comptime![p.keys * p.dim], p.team.units) {
+    for cell in range_stepped(here(&nought), comptime![p.keys * p.dim], p.team.units) {
         let j = cell / p.dim;
         let e = cell % p.dim;
         if j < count {

@@ -30,6 +30,9 @@ use crate::base::gpu::spread;
 /// Keys per piece when a cache is split.
 const PIECE: usize = 256;
 
+/// Queries of the smallest tile for a text with the logarithms of its sums, where it fits.
+pub const TEXT: usize = 16;
+
 /// Cubes that keep a device busy: fewer, and a long cache is split.
 const BUSY: usize = 128;
 
@@ -168,7 +171,9 @@ fn forward(
         return (o, empty(q, &width, DType::F32));
     }
     let kv_heads = keys[0].meta.shape()[1];
-    let (p, operand) = attend_for(&q.client, q, &keys[0], heads / kv_heads * tokens);
+    let queries = heads / kv_heads * tokens;
+    // A text of fewer takes their tile too: one kernel less.
+    let (p, operand) = attend_for(&q.client, q, &keys[0], if log_sum { queries.max(TEXT) } else { queries });
     let tiles = (p.group * tokens).div_ceil(p.queries);
     let pairs = pairs(q.client.properties().hardware.max_bindings as usize, p.team.plane > 0);
     let longest = lengths.iter().copied().max().unwrap_or(0);
