@@ -10,7 +10,13 @@ mod cpu_backward;
 mod cpu_decode;
 mod cpu_few;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-#[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language
+#[allow(
+    clippy::collapsible_if,
+    clippy::assign_op_pattern,
+    clippy::manual_div_ceil,
+    clippy::manual_is_multiple_of,
+    clippy::eq_op
+)] // CubeCL's language
 pub mod cube;
 mod decode;
 pub mod reference;
