@@ -62,7 +62,7 @@ mod registers {
     /// All threads at once.
     pub fn bench(c: &mut Criterion) {
         const PASSES: usize = 1_000_000;
-        if simd::level() < simd::Level::Avx512Bf16 {
+        if !simd::levels().contains(&simd::Level::Avx512Bf16) {
             return;
         }
         let threads = pool::threads();

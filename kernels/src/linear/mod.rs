@@ -123,7 +123,7 @@ fn product(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     }
 }
 
-/// Shapes are looked at behind the dispatch, where they need not be copied: a small model's step of decoding has a hundred of these.
+/// Shapes are looked at behind the dispatch, where they need not be copied: a step of decoding has several of these a layer.
 ///
 /// # Panics
 /// If `x` is not on the CPU: packed weights are its own.
