@@ -135,6 +135,9 @@ unsafe fn kinds<V: Vector>(kind: Kind, units: usize, rows: Rows, panels: Panels,
 trait Step {
     /// Words of an activation row per unit.
     const WORDS: usize;
+    /// With so many rows, weights that are read once are fetched ahead on AVX-512. A row alone in f32 lost 5 % by it in the model:
+    /// the processor does as well by itself while there is so little to compute.
+    const FETCHED: usize = 1;
     /// `acc[r][i] += a[r] · b[i]`; the row's words of this unit begin at `a[r] + at`, `b` points at two registers.
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32);
 }
@@ -170,6 +173,7 @@ unsafe fn multiply_add<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*c
 
 impl Step for F32 {
     const WORDS: usize = 1;
+    const FETCHED: usize = 2;
     #[inline(always)]
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
         // SAFETY: see `product`.
@@ -251,7 +255,8 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                 }
                 let mut row = first * each + first.min(larger);
                 let passing = groups.min(first + taken) - first;
-                let coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride);
+                let streams = V::LANES == 8 || tallest >= S::FETCHED && count >= Ahead::LEAST;
+                let coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride, streams);
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let place = Place {
@@ -296,6 +301,12 @@ struct Ahead {
     lines: usize,
     /// Units between two times.
     every: usize,
+    /// Places as `start`, so many words apart: the panels that a tile reads side by side.
+    streams: usize,
+    apart: usize,
+    /// From this unit on, places are so many words further: behind all panels of the tile.
+    end: usize,
+    further: usize,
 }
 
 impl Ahead {
@@ -303,15 +314,43 @@ impl Ahead {
     const LINE: usize = 16;
     /// Units between two times, where there is much to fetch.
     const EVERY: usize = 16;
+    /// The same for streams that are read once. What is asked for in larger pieces fills the queue that the loads wait in: every 16
+    /// units gained nothing over none, every 4 units 12 % for a row of bf16 (base, AVX-512), and 20 to 33 % for four rows.
+    const EVERY_STREAM: usize = 4;
     /// How far ahead of a stream that is read once, in words.
     const DISTANCE: usize = 512;
+    /// Units of a panel that is worth it with AVX-512: 32 KiB. Shorter ones belong to models that the caches hold, and lost 3 %.
+    const LEAST: usize = 256;
+
+    /// One place.
+    fn at(start: *const f32, lines: usize, every: usize) -> Self {
+        Ahead { start, lines, every, streams: 1, apart: 0, end: usize::MAX, further: 0 }
+    }
+
+    /// Asks for what has its turn after `unit`.
+    #[inline(always)]
+    fn fetch(&mut self, unit: usize) {
+        if unit >= self.end {
+            self.start = self.start.wrapping_add(self.further);
+            self.end = usize::MAX;
+        }
+        for stream in 0..self.streams {
+            let start = self.start.wrapping_add(stream * self.apart);
+            for line in 0..self.lines {
+                fetch(start.wrapping_add(line * Ahead::LINE));
+            }
+        }
+        self.start = self.start.wrapping_add(self.lines * Ahead::LINE);
+    }
 }
 
 /// What the tiles of some strips fetch, apart from their turn: said once for all groups of rows that pass by, as it takes
 /// divisions.
 struct Coming {
-    /// The panel, if the first group has nobody before it who brought it in.
+    /// The panels that lie here, if the first group has nobody before it who brought them in.
     stream: Option<*const f32>,
+    panels: usize,
+    stride: usize,
     /// The panels that come next, and their lines.
     next: *const f32,
     all: usize,
@@ -324,42 +363,60 @@ struct Coming {
 }
 
 impl Coming {
-    /// For `turns` groups of rows that pass by `n` strips from `strip` on, which begin at `from` and are `units` long.
+    /// For `turns` groups of rows that pass by `n` strips from `strip` on, which begin at `from` and are `units` long; `streams`:
+    /// whether it pays to fetch what is read once.
     #[inline(always)]
-    fn new<V: Vector>(strip: usize, n: usize, turns: usize, units: usize, from: *const f32, stride: usize) -> Self {
+    fn new<V: Vector>(
+        strip: usize,
+        n: usize,
+        turns: usize,
+        units: usize,
+        from: *const f32,
+        stride: usize,
+        streams: bool,
+    ) -> Self {
         let (width, column) = (2 * V::LANES, 2 * V::LANES * strip % PANEL);
         let panels = (n * width).div_ceil(PANEL);
         let start = from.wrapping_sub(column);
-        let fresh = V::LANES == 8 && panels == 1 && column == 0 && (turns == 1 || strip == 0);
-        let (stream, next) = (fresh.then_some(start), start.wrapping_add(panels * stride));
+        // With AVX2 a panel is a few strips, and the first one's tile fetches for all.
+        let fresh = if V::LANES == 8 { panels == 1 && column == 0 && (turns == 1 || strip == 0) } else { turns == 1 };
+        let (stream, next) = ((streams && fresh).then_some(start), start.wrapping_add(panels * stride));
         let before = column / width * turns;
         if turns == 1 {
-            return Coming { stream, next, all: 0, before, own: 0, lines: 0, units };
+            return Coming { stream, panels, stride, next, all: 0, before, own: 0, lines: 0, units };
         }
         // Tiles that share a panel: its strips, each as often as there are groups of rows. Each brings its part.
         let tiles = (PANEL / (n * width)).max(1) * turns;
         let all = panels * units * PANEL / Ahead::LINE;
         let (own, lines) = (all.div_ceil(tiles), (panels * PANEL / Ahead::LINE * Ahead::EVERY).div_ceil(tiles));
-        Coming { stream, next, all, before, own, lines, units }
+        Coming { stream, panels, stride, next, all, before, own, lines, units }
     }
 
     /// For the `turn`-th group.
     #[inline(always)]
     fn ahead(&self, turn: usize) -> Ahead {
-        let every = Ahead::EVERY;
         if let (Some(start), 0) = (self.stream, turn) {
             // A stream, with what comes behind it.
-            let lines = PANEL / Ahead::LINE * every;
-            return Ahead { start: start.wrapping_add(Ahead::DISTANCE), lines, every };
+            let every = Ahead::EVERY_STREAM;
+            return Ahead {
+                start: start.wrapping_add(Ahead::DISTANCE),
+                lines: PANEL / Ahead::LINE * every,
+                every,
+                streams: self.panels,
+                apart: self.stride,
+                end: self.units.saturating_sub(Ahead::DISTANCE / PANEL),
+                further: (self.panels * self.stride).wrapping_sub(self.units * PANEL),
+            };
         }
         let tile = self.before + turn;
         if self.own <= 8 {
             let lines = self.own.min(self.all.saturating_sub(tile * self.own));
             let start = self.next.wrapping_add(tile * self.own * Ahead::LINE);
-            return Ahead { start, lines, every: self.units.max(1) };
+            return Ahead::at(start, lines, self.units.max(1));
         }
+        let every = Ahead::EVERY;
         let start = self.next.wrapping_add(tile * self.units.div_ceil(every) * self.lines * Ahead::LINE);
-        Ahead { start, lines: self.lines, every }
+        Ahead::at(start, self.lines, every)
     }
 }
 
@@ -454,10 +511,7 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                     S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
                 }
             }
-            for line in 0..ahead.lines {
-                fetch(ahead.start.wrapping_add(line * Ahead::LINE));
-            }
-            ahead.start = ahead.start.wrapping_add(ahead.lines * Ahead::LINE);
+            ahead.fetch(from);
         }
         for n in 0..N {
             for r in 0..R {
