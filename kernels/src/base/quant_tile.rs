@@ -35,6 +35,9 @@ struct Tile<'a> {
     panel: *const u8,
     to: *mut f32,
     stride: usize,
+    /// Whether to ask for what comes behind each block, all at once: several rows, before which no others took the panel. One and
+    /// two rows ask between the units, always.
+    fetching: bool,
 }
 
 /// `target = rows · panelsᵀ` for as many panels as the target has columns, on this thread; `row(i)` is the i-th row of `count`.
@@ -80,7 +83,8 @@ pub(crate) unsafe fn product(
                 let whole = columns == PANEL;
                 let (to, stride) =
                     if whole { (start, target.stride) } else { (edge.as_mut_ptr().cast::<f32>(), PANEL) };
-                tile(level, &Tile { quant, blocks, rows: &rows[..n], panel: panels.add(p * bytes), to, stride });
+                let (panel, fetching) = (panels.add(p * bytes), group == 0 && n > 2);
+                tile(level, &Tile { quant, blocks, rows: &rows[..n], panel, to, stride, fetching });
                 if !whole {
                     for r in 0..n {
                         for j in 0..columns {
@@ -267,6 +271,8 @@ mod x86 {
                 }
                 if R <= 2 {
                     _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(far).cast());
+                } else if tile.fetching {
+                    fetch_block(block.wrapping_add(far), block_bytes);
                 }
                 for u in 0..BLOCK * BITS / 32 {
                     let p = values.add(u * 4 * PANEL);
@@ -340,6 +346,8 @@ mod x86 {
                 let x = x.map(|x| x.add(b * BLOCK));
                 if R <= 2 {
                     _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(const { ahead(BITS) }).cast());
+                } else if tile.fetching && first == 0 {
+                    fetch_block(block.wrapping_add(const { ahead(BITS) }), block_bytes);
                 }
                 let dots = if BITS == 8 { dots8::<R, N, BLOCK>(values, &x) } else { dots4::<R, N, BLOCK>(values, &x) };
                 for i in 0..N {
@@ -443,6 +451,15 @@ mod x86 {
         }
     }
 
+    /// Asks for a whole block of a panel. (Four rows: int8 1.3 times, int4 twice as fast as without, AVX-512.)
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn fetch_block(block: *const u8, bytes: usize) {
+        for line in 0..bytes.div_ceil(64) {
+            _mm_prefetch::<_MM_HINT_T1>(block.wrapping_add(64 * line).cast());
+        }
+    }
+
     /// # Safety
     /// See [`super::product`]; the processor has AVX-512 F, BW, DQ and VL.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
@@ -464,6 +481,9 @@ mod x86 {
                 let block = tile.panel.add(b * block_bytes);
                 let scales: [__m512; 2] =
                     std::array::from_fn(|i| _mm512_cvtph_ps(_mm256_loadu_si256(block.add(32 * i).cast())));
+                if tile.fetching {
+                    fetch_block(block.wrapping_add(AHEAD_EXACT), block_bytes);
+                }
                 macro_rules! step {
                     ($at:expr, $w:expr) => {
                         let w: [__m512; 2] = std::array::from_fn(|i| _mm512_mul_ps($w(i), scales[i]));
@@ -558,6 +578,9 @@ mod x86 {
                 let block = tile.panel.add(b * block_bytes);
                 let scales: [__m256; N] =
                     std::array::from_fn(|i| _mm256_cvtph_ps(_mm_loadu_si128(block.add(2 * first + 16 * i).cast())));
+                if tile.fetching && first == 0 {
+                    fetch_block(block.wrapping_add(AHEAD), block_bytes);
+                }
                 for u in 0..BLOCK * BITS / 32 {
                     let p = block.add(SCALES + u * 4 * PANEL + 4 * first);
                     fetch::<R>(p, AHEAD);

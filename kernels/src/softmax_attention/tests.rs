@@ -261,7 +261,13 @@ fn gradients_equal_those_of_the_reference() {
                     let grads = (o.clone() * weight.clone()).sum().backward();
                     [o.inner(), q.grad(&grads).unwrap(), k.grad(&grads).unwrap(), v.grad(&grads).unwrap()]
                 };
-                let (got, expected) = (with_level(level, || grads(true)), grads(false));
+                let (got, mut expected) = (with_level(level, || grads(true)), grads(false));
+                if tokens == 1 {
+                    // A text's only token weighs 1 whatever its score: what the reference has here is what it rounded off, which
+                    // with 70 heads on one key is as much as may differ.
+                    expected[1] = expected[1].zeros_like();
+                    expected[2] = expected[2].zeros_like();
+                }
                 for (name, (got, expected)) in ["o", "q", "k", "v"].iter().zip(got.iter().zip(&expected)) {
                     close(&format!("{level:?} {heads:?} {dim} {tokens} d_{name}"), got, expected);
                 }
