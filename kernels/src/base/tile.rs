@@ -138,6 +138,8 @@ trait Step {
     /// With so many rows, weights that are read once are fetched ahead on AVX-512. A row alone in f32 lost 5 % by it in the model:
     /// the processor does as well by itself while there is so little to compute.
     const FETCHED: usize = 1;
+    /// Registers for weights that are not multiplied as they are stored.
+    const WIDENED: usize = 0;
     /// `acc[r][i] += a[r] · b[i]`; the row's words of this unit begin at `a[r] + at`, `b` points at two registers.
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32);
 }
@@ -199,6 +201,7 @@ impl Step for Bf16 {
 
 impl Step for WideBf16 {
     const WORDS: usize = 2;
+    const WIDENED: usize = 4;
     #[inline(always)]
     unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
         // One half after the other. AVX2 reads both: its 16 registers hold no more beside 12 accumulators, and what the compiler
@@ -213,6 +216,11 @@ impl Step for WideBf16 {
     }
 }
 
+/// Registers for the sums of several strips side by side, of a few rows; weights that are widened take some away.
+const fn free<V: Vector, S: Step>() -> usize {
+    if V::LANES > 8 { V::ACCUMULATORS - S::WIDENED } else { V::ACCUMULATORS }
+}
+
 /// All tiles of a product. A *strip* is the columns of two registers; a panel is one strip (AVX-512) or a few.
 #[inline(always)]
 unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, target: Target) {
@@ -225,7 +233,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     let strips = target.columns.div_ceil(width);
     // With one group of rows every weight is used once: no blocking, panels are streamed from end to end.
     let block = if groups == 1 { units.max(1) } else { BLOCK };
-    let together = (V::ACCUMULATORS / 2 / tallest).min(4);
+    let together = (free::<V, S>() / 2 / tallest).min(4);
     let mut from = 0;
     loop {
         let count = block.min(units - from);
@@ -294,65 +302,38 @@ struct Place<'a> {
     ahead: Ahead,
 }
 
-/// What to fetch while a tile is multiplied: some cache lines, one behind the other, after every few units of K.
+/// What to fetch while a tile is multiplied.
 #[derive(Clone, Copy)]
-struct Ahead {
-    start: *const f32,
-    lines: usize,
-    /// Units between two times.
-    every: usize,
-    /// Places as `start`, so many words apart: the panels that a tile reads side by side.
-    streams: usize,
-    apart: usize,
-    /// From this unit on, places are so many words further: behind all panels of the tile.
-    end: usize,
-    further: usize,
+enum Ahead {
+    /// Some cache lines, one behind the other, after every few units of K: a part of the panels that come next.
+    Next { start: *const f32, lines: usize, every: usize },
+    /// Of weights that are read once, what comes so many words behind; from unit `end` on `further` words more, which is behind all
+    /// panels of the tile.
+    Stream { distance: usize, end: usize, further: usize },
 }
 
 impl Ahead {
     /// Words of a line.
     const LINE: usize = 16;
-    /// Units between two times, where there is much to fetch.
+    /// Units between two times, where many groups of rows share what there is to fetch.
     const EVERY: usize = 16;
-    /// The same for streams that are read once. What is asked for in larger pieces fills the queue that the loads wait in: every 16
-    /// units gained nothing over none, every 4 units 12 % for a row of bf16 (base, AVX-512), and 20 to 33 % for four rows.
-    const EVERY_STREAM: usize = 4;
+    /// The same where less than [`Ahead::MANY`] tiles do. What is asked for in larger pieces fills the queue that the loads wait in:
+    /// every 16 units gained nothing over none, every 4 units 12 % for a row of bf16 (base, AVX-512), 20 to 33 % for 4 rows and as
+    /// much for 16. With many tiles, and one line at a time, it was 5 to 10 % slower than every 16.
+    const EVERY_FEW: usize = 4;
+    const MANY: usize = 4;
     /// How far ahead of a stream that is read once, in words; a panel alone under AVX-512's larger tiles takes twice that (8 rows of
     /// f32: 1.2 times as fast).
     const DISTANCE: usize = 512;
     /// Units of a panel that is worth it with AVX-512: 32 KiB. Shorter ones belong to models that the caches hold, and lost 3 %.
     const LEAST: usize = 256;
-
-    /// One place.
-    fn at(start: *const f32, lines: usize, every: usize) -> Self {
-        Ahead { start, lines, every, streams: 1, apart: 0, end: usize::MAX, further: 0 }
-    }
-
-    /// Asks for what has its turn after `unit`.
-    #[inline(always)]
-    fn fetch(&mut self, unit: usize) {
-        if unit >= self.end {
-            self.start = self.start.wrapping_add(self.further);
-            self.end = usize::MAX;
-        }
-        for stream in 0..self.streams {
-            let start = self.start.wrapping_add(stream * self.apart);
-            for line in 0..self.lines {
-                fetch(start.wrapping_add(line * Ahead::LINE));
-            }
-        }
-        self.start = self.start.wrapping_add(self.lines * Ahead::LINE);
-    }
 }
 
 /// What the tiles of some strips fetch, apart from their turn: said once for all groups of rows that pass by, as it takes
 /// divisions.
 struct Coming {
-    /// The panels that lie here, if the first group has nobody before it who brought them in.
-    stream: Option<*const f32>,
-    panels: usize,
-    stride: usize,
-    distance: usize,
+    /// For the first group, if it has nobody before it who brought its panels in.
+    stream: Option<Ahead>,
     /// The panels that come next, and their lines.
     next: *const f32,
     all: usize,
@@ -361,6 +342,7 @@ struct Coming {
     /// Lines for each tile: few at once, or so many after every few units.
     own: usize,
     lines: usize,
+    every: usize,
     units: usize,
 }
 
@@ -379,47 +361,40 @@ impl Coming {
     ) -> Self {
         let (width, column) = (2 * V::LANES, 2 * V::LANES * strip % PANEL);
         let panels = (n * width).div_ceil(PANEL);
-        let start = from.wrapping_sub(column);
         // With AVX2 a panel is a few strips, and the first one's tile fetches for all.
         let fresh = if V::LANES == 8 { panels == 1 && column == 0 && (turns == 1 || strip == 0) } else { turns == 1 };
-        let (stream, next) = ((streams && fresh).then_some(start), start.wrapping_add(panels * stride));
-        let distance = if V::LANES > 8 && panels == 1 { 2 * Ahead::DISTANCE } else { Ahead::DISTANCE };
+        let stream = (streams && fresh).then(|| {
+            let distance = if V::LANES > 8 && panels == 1 { 2 * Ahead::DISTANCE } else { Ahead::DISTANCE };
+            let end = units.saturating_sub(distance / PANEL);
+            Ahead::Stream { distance, end, further: (panels * stride).wrapping_sub(units * PANEL) }
+        });
+        let next = from.wrapping_sub(column).wrapping_add(panels * stride);
         let before = column / width * turns;
         if turns == 1 {
-            return Coming { stream, panels, stride, distance, next, all: 0, before, own: 0, lines: 0, units };
+            return Coming { stream, next, all: 0, before, own: 0, lines: 0, every: 1, units };
         }
         // Tiles that share a panel: its strips, each as often as there are groups of rows. Each brings its part.
         let tiles = (PANEL / (n * width)).max(1) * turns;
         let all = panels * units * PANEL / Ahead::LINE;
-        let (own, lines) = (all.div_ceil(tiles), (panels * PANEL / Ahead::LINE * Ahead::EVERY).div_ceil(tiles));
-        Coming { stream, panels, stride, distance, next, all, before, own, lines, units }
+        let every = if tiles < Ahead::MANY { Ahead::EVERY_FEW } else { Ahead::EVERY };
+        let (own, lines) = (all.div_ceil(tiles), (panels * PANEL / Ahead::LINE * every).div_ceil(tiles));
+        Coming { stream, next, all, before, own, lines, every, units }
     }
 
     /// For the `turn`-th group.
     #[inline(always)]
     fn ahead(&self, turn: usize) -> Ahead {
-        if let (Some(start), 0) = (self.stream, turn) {
-            // A stream, with what comes behind it.
-            let every = Ahead::EVERY_STREAM;
-            return Ahead {
-                start: start.wrapping_add(self.distance),
-                lines: PANEL / Ahead::LINE * every,
-                every,
-                streams: self.panels,
-                apart: self.stride,
-                end: self.units.saturating_sub(self.distance / PANEL),
-                further: (self.panels * self.stride).wrapping_sub(self.units * PANEL),
-            };
+        if let (Some(stream), 0) = (self.stream, turn) {
+            return stream;
         }
         let tile = self.before + turn;
         if self.own <= 8 {
             let lines = self.own.min(self.all.saturating_sub(tile * self.own));
             let start = self.next.wrapping_add(tile * self.own * Ahead::LINE);
-            return Ahead::at(start, lines, self.units.max(1));
+            return Ahead::Next { start, lines, every: self.units.max(1) };
         }
-        let every = Ahead::EVERY;
-        let start = self.next.wrapping_add(tile * self.units.div_ceil(every) * self.lines * Ahead::LINE);
-        Ahead::at(start, self.lines, every)
+        let start = self.next.wrapping_add(tile * self.units.div_ceil(self.every) * self.lines * Ahead::LINE);
+        Ahead::Next { start, lines: self.lines, every: self.every }
     }
 }
 
@@ -450,7 +425,7 @@ unsafe fn tiles<V: Vector, S: Step>(r: usize, n: usize, units: usize, place: &Pl
             // SAFETY: see `product`.
             unsafe {
                 match (r, n) {
-                    $(($rows, $strips) if $rows * $strips * 2 <= V::ACCUMULATORS => {
+                    $(($rows, $strips) if $strips == 1 && $rows * 2 <= V::ACCUMULATORS || $rows * $strips * 2 <= free::<V, S>() => {
                         tile::<V, S, $rows, $strips>(units, place, b)
                     })*
                     _ => unreachable!("no tile of {r} rows and {n} strips"),
@@ -504,17 +479,46 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                 }
             }
         }
-        // What is multiplied next comes into the second-level cache meanwhile.
-        let mut ahead = place.ahead;
-        for from in (0..units).step_by(ahead.every) {
-            for u in from..units.min(from + ahead.every) {
-                for n in 0..N {
-                    // Rows that are kept for the next strip leave AVX2 no register for its weights: they are read again.
-                    let a = if V::LANES == 8 && R == 3 && n > 0 { a.map(unknown) } else { a };
-                    S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
+        // A macro, not a closure: that would have no target features.
+        macro_rules! steps {
+            ($units:expr) => {
+                for u in $units {
+                    for n in 0..N {
+                        // Rows that are kept for the next strip leave no register for its weights: they are read again.
+                        let keep = if V::LANES == 8 { R != 3 } else { 2 * R * N < 20 };
+                        let a = if keep || n == 0 { a } else { a.map(unknown) };
+                        S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
+                    }
+                }
+            };
+        }
+        // What is multiplied next comes into the second-level cache meanwhile. Two loops, as the rows' places take nearly all
+        // registers that hold addresses.
+        match place.ahead {
+            Ahead::Next { mut start, lines, every } => {
+                for from in (0..units).step_by(every) {
+                    steps!(from..units.min(from + every));
+                    for line in 0..lines {
+                        fetch(start.wrapping_add(line * Ahead::LINE));
+                    }
+                    start = start.wrapping_add(lines * Ahead::LINE);
                 }
             }
-            ahead.fetch(from);
+            Ahead::Stream { mut distance, end, further } => {
+                for from in (0..units).step_by(Ahead::EVERY_FEW) {
+                    steps!(from..units.min(from + Ahead::EVERY_FEW));
+                    if from >= end && from < end + Ahead::EVERY_FEW {
+                        distance = distance.wrapping_add(further);
+                    }
+                    // With AVX2 a strip is a part of a panel, whose first one fetches for all.
+                    for panel in 0..(N * width).div_ceil(PANEL) {
+                        let start = b[panel * PANEL / width].wrapping_add(from * PANEL + distance);
+                        for line in 0..PANEL / Ahead::LINE * Ahead::EVERY_FEW {
+                            fetch(start.wrapping_add(line * Ahead::LINE));
+                        }
+                    }
+                }
+            }
         }
         for n in 0..N {
             for r in 0..R {
