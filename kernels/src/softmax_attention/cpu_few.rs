@@ -154,9 +154,11 @@ unsafe fn score<V: Vector, const R: usize, const HALVES: bool>(
             let mut sums = [V::zero(); R];
             let words = if HALVES { dim / 2 } else { dim };
             for word in (0..words).step_by(V::LANES) {
-                next.ask(V::LANES * V::LANES / LINE);
                 let square = V::columns(keys.rows.as_ptr().add(key * keys.row + word), keys.row);
                 for (c, &k) in square.as_ref().iter().enumerate() {
+                    if c % (LINE / V::LANES) == 0 {
+                        next.ask(1);
+                    }
                     for r in 0..R {
                         let query = queries.add(r * dim);
                         sums[r] = if HALVES {
