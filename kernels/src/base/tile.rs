@@ -216,9 +216,9 @@ impl Step for WideBf16 {
     }
 }
 
-/// Registers for the sums of several strips side by side, of a few rows; weights that are widened take some away.
-const fn free<V: Vector, S: Step>() -> usize {
-    if V::LANES > 8 { V::ACCUMULATORS - S::WIDENED } else { V::ACCUMULATORS }
+/// Registers for the sums of so many strips side by side: weights that are widened take some away from a few rows of several.
+const fn free<V: Vector, S: Step>(strips: usize) -> usize {
+    if V::LANES > 8 && strips > 1 { V::ACCUMULATORS - S::WIDENED } else { V::ACCUMULATORS }
 }
 
 /// All tiles of a product. A *strip* is the columns of two registers; a panel is one strip (AVX-512) or a few.
@@ -233,7 +233,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     let strips = target.columns.div_ceil(width);
     // With one group of rows every weight is used once: no blocking, panels are streamed from end to end.
     let block = if groups == 1 { units.max(1) } else { BLOCK };
-    let together = (free::<V, S>() / 2 / tallest).min(4);
+    let together = (free::<V, S>(2) / 2 / tallest).min(4);
     let mut from = 0;
     loop {
         let count = block.min(units - from);
@@ -425,7 +425,7 @@ unsafe fn tiles<V: Vector, S: Step>(r: usize, n: usize, units: usize, place: &Pl
             // SAFETY: see `product`.
             unsafe {
                 match (r, n) {
-                    $(($rows, $strips) if $strips == 1 && $rows * 2 <= V::ACCUMULATORS || $rows * $strips * 2 <= free::<V, S>() => {
+                    $(($rows, $strips) if 2 * $rows * $strips <= free::<V, S>($strips) => {
                         tile::<V, S, $rows, $strips>(units, place, b)
                     })*
                     _ => unreachable!("no tile of {r} rows and {n} strips"),
