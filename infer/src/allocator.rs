@@ -4,17 +4,25 @@
 //! A step of decoding makes and drops hundreds of small tensors. glibc's `malloc` is slower at that, and takes a lock where
 //! two threads decode side by side: with mimalloc, 16 requests to nano at once are 1.19 times as fast, one alone 1.10 times.
 //! What is large is better with glibc, once it is told to keep what is freed ([`keep_freed`]): mimalloc gives large blocks
-//! back to the system, and a training step of the preset small, which uses all of them again, took 13 % longer with it.
+//! back to the system, and a training step of the preset small, which uses all of them again, took 13 % longer with it. On
+//! huge pages ([`advise_heap`]) such a step takes 4 % less time, and memory is read at up to 32 GB/s instead of 28.
 //!
 //! [`keep_freed`]: m1_kernels::base::memory::keep_freed
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
+use m1_kernels::base::memory::advise_heap;
 use mimalloc::MiMalloc;
 
 /// Blocks of so many bytes are large. mimalloc keeps free blocks for each thread and size: with 1 MiB here, a training step
 /// of nano took 370 MB instead of 285, and nothing was faster.
 const LARGE: usize = 64 << 10;
+
+/// A large block, on huge pages where the heap has grown for it.
+fn large(block: *mut u8) -> *mut u8 {
+    advise_heap();
+    block
+}
 
 /// For `#[global_allocator]`.
 #[derive(Debug, Clone, Copy)]
@@ -25,12 +33,14 @@ pub struct Allocator;
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as above.
-        unsafe { if layout.size() < LARGE { MiMalloc.alloc(layout) } else { System.alloc(layout) } }
+        unsafe { if layout.size() < LARGE { MiMalloc.alloc(layout) } else { large(System.alloc(layout)) } }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: as above.
-        unsafe { if layout.size() < LARGE { MiMalloc.alloc_zeroed(layout) } else { System.alloc_zeroed(layout) } }
+        unsafe {
+            if layout.size() < LARGE { MiMalloc.alloc_zeroed(layout) } else { large(System.alloc_zeroed(layout)) }
+        }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
@@ -43,7 +53,7 @@ unsafe impl GlobalAlloc for Allocator {
         unsafe {
             match (layout.size() < LARGE, size < LARGE) {
                 (true, true) => MiMalloc.realloc(block, layout, size),
-                (false, false) => System.realloc(block, layout, size),
+                (false, false) => large(System.realloc(block, layout, size)),
                 _ => {
                     let new = self.alloc(Layout::from_size_align_unchecked(size, layout.align()));
                     if !new.is_null() {

@@ -170,7 +170,7 @@ fn main() {
     }
     softmax_training(&mut c, 4, 8, 2, 512, 64);
     for dtype in [DType::F32, DType::BF16] {
-        for past in [1000, 16_384, 100_000] {
+        for past in [1000, 16_384, 100_000, 500_000] {
             softmax_over_cache(&mut c, 8, 2, 64, 1, past, dtype);
         }
     }

@@ -101,19 +101,18 @@ impl<'a> View<'a> {
         }
     }
 
-    /// `count` rows of `dim` values to be asked for, if they lie in order.
-    pub(crate) fn ahead(&self, (a, b): (usize, usize), from: usize, count: usize, dim: usize) -> Ahead {
+    /// `rows` rows of `dim` values to be asked for, if they lie in order.
+    pub(crate) fn ahead(&self, (a, b): (usize, usize), from: usize, rows: usize, dim: usize) -> Option<Ahead> {
         let [sa, sb, st, sd] = self.strides;
         if sd != 1 {
-            return Ahead::default();
+            return None;
         }
         let start = self.start + a * sa + b * sb + from * st;
         let (base, size) = match self.stored {
             Stored::F32(x) => (x.as_ptr().cast::<u8>(), 4),
             Stored::Bf16(x) => (x.as_ptr().cast::<u8>(), 2),
         };
-        let (row, width) = (base.wrapping_add(start * size), dim * size);
-        Ahead { row, to_next: st * size, width, inside: 0, lines: count * width.div_ceil(LINE) }
+        Some(Ahead { start: base.wrapping_add(start * size), row: st * size, width: dim * size, rows })
     }
 
     /// Tokens of `(a, b)` from `from` on where they lie, and the distance of their rows: f32 whose rows are in order.
@@ -138,49 +137,36 @@ impl<'a> View<'a> {
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Rows that are read soon, to be brought near line by line meanwhile.
+/// Rows that are read soon, to be brought near meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
-    row: *const u8,
-    /// Bytes to the next row, of a row, and of it asked for already.
-    to_next: usize,
+    /// The first row; nothing of it is read here.
+    start: *const u8,
+    /// Bytes from row to row.
+    row: usize,
+    /// Bytes of a row.
     width: usize,
-    inside: usize,
-    /// Lines not yet asked for.
-    lines: usize,
-}
-
-impl Default for Ahead {
-    /// Nothing.
-    fn default() -> Self {
-        Ahead { row: std::ptr::null(), to_next: 0, width: 0, inside: 0, lines: 0 }
-    }
+    rows: usize,
 }
 
 impl Ahead {
-    /// Asks for the next `lines` of them, into the second-level cache.
-    #[inline(always)]
-    pub(crate) fn ask(&mut self, lines: usize) {
-        let lines = lines.min(self.lines);
-        self.lines -= lines;
-        for _ in 0..lines {
-            prefetch(self.row.wrapping_add(self.inside));
-            self.inside += LINE;
-            if self.inside >= self.width {
-                (self.row, self.inside) = (self.row.wrapping_add(self.to_next), 0);
-            }
-        }
+    /// Where they begin, if they lie one behind the other.
+    pub(crate) fn in_one_piece(self) -> Option<*const f32> {
+        (self.row == self.width).then_some(self.start.cast())
     }
 
-    /// Asks for all of them.
-    pub(crate) fn ask_all(mut self) {
-        self.ask(usize::MAX);
+    /// Asks for all of them, into the second-level cache.
+    pub(crate) fn ask_all(self) {
+        for row in 0..self.rows {
+            let row = self.start.wrapping_add(row * self.row);
+            (0..self.width).step_by(LINE).for_each(|at| prefetch(row.wrapping_add(at)));
+        }
     }
 }
 
 /// Into the second-level cache.
 #[inline(always)]
-fn prefetch(at: *const u8) {
+pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that a program could see: any address will do.
     unsafe {

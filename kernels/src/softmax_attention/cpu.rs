@@ -10,7 +10,7 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
 
-use super::cpu_few::{self, Few, PAIRS, Tile};
+use super::cpu_few::{self, Few, Next, PAIRS, Tile};
 use super::{KeyValueBlocks, Share, SoftmaxAttentionBackend, cpu_backward, cpu_decode};
 use crate::base::buffer::SendPtr;
 use crate::base::flex::tensor;
@@ -105,9 +105,9 @@ impl<'a> Cache<'a> {
     }
 
     /// The tile from position `from` on, or its beginning where a block ends inside, to be asked for if it is among `own`.
-    fn ahead(&self, side: Side, at: (usize, usize), from: usize, own: &Range<usize>, dim: usize) -> Ahead {
+    fn ahead(&self, side: Side, at: (usize, usize), from: usize, own: &Range<usize>, dim: usize) -> Option<Ahead> {
         if !own.contains(&from) {
-            return Ahead::default();
+            return None;
         }
         let (block, inside) = self.find(from);
         let count = KEYS.min(self.length(block) - inside);
@@ -268,13 +268,23 @@ impl<'a> Call<'a> {
         memory: &'m mut [f32],
     ) -> Tile<'m> {
         if first == own.start {
-            self.cache.ahead(side, at, first, own, self.dim).ask_all();
+            self.ask_for(side, at, first, own);
         }
         let (rows, row) = match halves {
             true => self.cache.pairs(side, at, first).unwrap_or_else(|| unreachable!("asked for before")),
             false => self.cache.rows(side, self, at, first, KEYS, memory),
         };
-        Tile { rows, row, next: self.cache.ahead(side, at, first + KEYS, own, self.dim) }
+        // Or else what is at hand: to ask for it takes nothing from anybody.
+        let next = self.cache.ahead(side, at, first + KEYS, own, self.dim).and_then(|ahead| ahead.in_one_piece());
+        let next = Next(next.unwrap_or(rows.as_ptr()));
+        Tile { rows, row, next }
+    }
+
+    /// Asks for a tile at once, if it is among `own`.
+    fn ask_for(&self, side: Side, at: (usize, usize), first: usize, own: &Range<usize>) {
+        if let Some(ahead) = self.cache.ahead(side, at, first, own, self.dim) {
+            ahead.ask_all();
+        }
     }
 
     /// All queries of the task over the keys of span `span`, one of those in `own`, which this thread does one after the other.
@@ -308,8 +318,8 @@ impl<'a> Call<'a> {
                 continue;
             }
             // These values and the next keys come meanwhile.
-            self.cache.ahead(Side::Values, at, first, own, dim).ask_all();
-            self.cache.ahead(Side::Keys, at, first + KEYS, own, dim).ask_all();
+            self.ask_for(Side::Values, at, first, own);
+            self.ask_for(Side::Keys, at, first + KEYS, own);
             let (rows_k, row) = self.cache.rows(Side::Keys, self, at, first, count, keys);
             transpose(level, count, dim, rows_k, row, keys_t, KEYS);
             let (rows_v, row_v) = self.cache.rows(Side::Values, self, at, first, count, values);

@@ -1,9 +1,10 @@
 //! Few queries over a whole tile of keys that all of them see: what a decode step over a long text consists of. It should
 //! take no longer than keys and values take to come from memory.
 //!
-//! Keys are turned in registers on their way into the products; and with everything that is read, as much of the next tile is
-//! asked for. Many requests at once would fill the processor's queue of misses, and computing would wait for memory instead
-//! of going on beside it. Every chain is that of the general path, to the bit.
+//! Keys are turned in registers on their way into the products; and all the while the next tile is asked for, in the order in which
+//! it lies and at an even pace: adding the values takes half as long as scoring the keys, so a part of the next values is asked for
+//! with the keys. Requests that come in bursts fill the processor's queue of misses, and computing waits for memory instead of
+//! going on beside it. Every chain is that of the general path, to the bit.
 
 // Lanes, rows and registers of several arrays at once: an index says it best.
 #![allow(clippy::needless_range_loop)]
@@ -15,7 +16,7 @@ use crate::base::masked::WIDTH;
 use crate::base::simd::{Level, Plain, Vector};
 #[cfg(target_arch = "x86_64")]
 use crate::base::simd::{Ymm, Zmm};
-use crate::base::view::Ahead;
+use crate::base::view::prefetch;
 
 /// Words of a cache line.
 const LINE: usize = 16;
@@ -34,7 +35,27 @@ pub(super) struct Tile<'a> {
     /// f32, or pairs of bf16.
     pub(super) rows: &'a [f32],
     pub(super) row: usize,
-    pub(super) next: Ahead,
+    pub(super) next: Next,
+}
+
+impl Tile<'_> {
+    /// What the queries from `from` on ask for: the first ones the next tile, the others what is at hand, which costs nothing.
+    #[inline(always)]
+    fn ahead(&self, from: usize) -> Next {
+        if from == 0 { self.next } else { Next(self.rows.as_ptr()) }
+    }
+}
+
+/// Where the next tile begins, whose rows lie one behind the other. Nothing of it is read here.
+#[derive(Clone, Copy)]
+pub(super) struct Next(pub(super) *const f32);
+
+impl Next {
+    /// Asks for the line at `word`, into the second-level cache.
+    #[inline(always)]
+    fn ask(self, word: usize) {
+        prefetch(self.0.wrapping_add(word).cast());
+    }
 }
 
 /// `rows` queries, at most [`STRIPE`], of `dim` floats, a multiple of [`WIDTH`], over a tile.
@@ -103,17 +124,16 @@ unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const HALVES: b
     partial: &mut Partial,
 ) {
     let mut shrink = [0.0; STRIPE];
-    let (mut keys, mut values) = (few.keys.next, few.values.next);
     // SAFETY: `attend` has checked that all operands hold the rows.
     unsafe {
         let mut from = 0;
         while from < few.rows {
             let n = part(few.rows - from, R);
             match n {
-                8 => score::<V, 8, HALVES>(few, from, scores, &mut keys),
-                4 => score::<V, 4, HALVES>(few, from, scores, &mut keys),
-                2 => score::<V, 2, HALVES>(few, from, scores, &mut keys),
-                _ => score::<V, 1, HALVES>(few, from, scores, &mut keys),
+                8 => score::<V, 8, HALVES>(few, from, scores),
+                4 => score::<V, 4, HALVES>(few, from, scores),
+                2 => score::<V, 2, HALVES>(few, from, scores),
+                _ => score::<V, 1, HALVES>(few, from, scores),
             }
             from += n;
         }
@@ -122,10 +142,10 @@ unsafe fn attend_body<V: Vector, const R: usize, const N: usize, const HALVES: b
         while from < few.rows {
             let n = part(few.rows - from, R);
             match n {
-                8 => add::<V, 8, 2, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
-                4 => add::<V, 4, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
-                2 => add::<V, 2, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
-                _ => add::<V, 1, N, HALVES>(few, from, scores, &shrink, partial.values, &mut values),
+                8 => add::<V, 8, 2, HALVES>(few, from, scores, &shrink, partial.values),
+                4 => add::<V, 4, N, HALVES>(few, from, scores, &shrink, partial.values),
+                2 => add::<V, 2, N, HALVES>(few, from, scores, &shrink, partial.values),
+                _ => add::<V, 1, N, HALVES>(few, from, scores, &shrink, partial.values),
             }
             from += n;
         }
@@ -140,13 +160,9 @@ fn part(rows: usize, most: usize) -> usize {
 
 /// The scores of queries `from .. from + R`.
 #[inline(always)]
-unsafe fn score<V: Vector, const R: usize, const HALVES: bool>(
-    few: &Few,
-    from: usize,
-    scores: &mut [f32],
-    next: &mut Ahead,
-) {
+unsafe fn score<V: Vector, const R: usize, const HALVES: bool>(few: &Few, from: usize, scores: &mut [f32]) {
     let (dim, keys) = (few.dim, &few.keys);
+    let (next_keys, next_values) = (few.keys.ahead(from), few.values.ahead(from));
     // SAFETY: see `attend_body`.
     unsafe {
         let queries = few.queries.as_ptr().add(from * dim);
@@ -155,20 +171,31 @@ unsafe fn score<V: Vector, const R: usize, const HALVES: bool>(
             let words = if HALVES { dim / 2 } else { dim };
             for word in (0..words).step_by(V::LANES) {
                 let square = V::columns(keys.rows.as_ptr().add(key * keys.row + word), keys.row);
-                for (c, &k) in square.as_ref().iter().enumerate() {
-                    if c % (LINE / V::LANES) == 0 {
-                        next.ask(1);
-                    }
-                    for r in 0..R {
-                        let query = queries.add(r * dim);
-                        sums[r] = if HALVES {
-                            let query = query.add(2 * (word + c));
-                            sums[r].fma(V::splat(query), k.low_bf16()).fma(V::splat(query.add(1)), k.high_bf16())
-                        } else {
-                            sums[r].fma(V::splat(query.add(word + c)), k)
-                        };
-                    }
+                let square = square.as_ref();
+                // So much of the next keys, and half as much of the next values.
+                let first = key * words + word * V::LANES;
+                macro_rules! columns {
+                    ($($c:literal)*) => { $(if $c < V::LANES {
+                        if $c * V::LANES % LINE == 0 {
+                            next_keys.ask(first + $c * V::LANES);
+                        }
+                        if $c * V::LANES % (2 * LINE) == 0 {
+                            next_values.ask((first + $c * V::LANES) / 2);
+                        }
+                        let (k, at) = (square[$c], word + $c);
+                        for r in 0..R {
+                            let query = queries.add(r * dim);
+                            sums[r] = if HALVES {
+                                let query = query.add(2 * at);
+                                sums[r].fma(V::splat(query), k.low_bf16()).fma(V::splat(query.add(1)), k.high_bf16())
+                            } else {
+                                sums[r].fma(V::splat(query.add(at)), k)
+                            };
+                        }
+                    })* };
                 }
+                // One by one, so that the square stays in registers.
+                columns!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
             }
             for r in 0..R {
                 sums[r].store(scores.as_mut_ptr().add((from + r) * KEYS + key));
@@ -185,17 +212,16 @@ unsafe fn add<V: Vector, const R: usize, const N: usize, const HALVES: bool>(
     scores: &[f32],
     shrink: &[f32],
     sums: &mut [f32],
-    next: &mut Ahead,
 ) {
     let mut column = 0;
     // SAFETY: strips inside the columns; see `attend_body`.
     unsafe {
         while few.dim - column >= N * V::LANES {
-            add_strip::<V, R, N, HALVES>(few, from, column, scores, shrink, sums, next);
+            add_strip::<V, R, N, HALVES>(few, from, column, scores, shrink, sums);
             column += N * V::LANES;
         }
         while column < few.dim {
-            add_strip::<V, R, 1, HALVES>(few, from, column, scores, shrink, sums, next);
+            add_strip::<V, R, 1, HALVES>(few, from, column, scores, shrink, sums);
             column += V::LANES;
         }
     }
@@ -209,9 +235,8 @@ unsafe fn add_strip<V: Vector, const R: usize, const N: usize, const HALVES: boo
     scores: &[f32],
     shrink: &[f32],
     sums: &mut [f32],
-    next: &mut Ahead,
 ) {
-    let (dim, values) = (few.dim, &few.values);
+    let (dim, values, next) = (few.dim, &few.values, few.values.ahead(from));
     // SAFETY: see `attend_body`.
     unsafe {
         let weights = scores.as_ptr().add(from * KEYS);
@@ -225,12 +250,14 @@ unsafe fn add_strip<V: Vector, const R: usize, const N: usize, const HALVES: boo
         }
         for key in 0..KEYS {
             let line = values.rows.as_ptr().add(key * values.row);
-            let words = N * V::LANES / if HALVES { 2 } else { 1 };
-            // A count that the compiler knows.
-            if !HALVES || words >= LINE {
-                next.ask(words / LINE);
-            } else if key % (LINE / words) == 0 {
-                next.ask(1);
+            // Half as much of the next values, behind what `score` asked for. Counts that the compiler knows.
+            let (all, first, words) =
+                if HALVES { (dim / 2, column / 2, N * V::LANES / 2) } else { (dim, column, N * V::LANES) };
+            let passed = (first * KEYS + key * words) / 2;
+            for line in 0..(words / 2).div_ceil(LINE) {
+                if words / 2 >= LINE || key % (2 * LINE / words) == 0 {
+                    next.ask(KEYS * all / 2 + passed + line * LINE);
+                }
             }
             let mut v = [V::zero(); N];
             for n in 0..N {
