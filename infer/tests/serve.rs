@@ -359,10 +359,11 @@ fn tools_that_must_be_called_are_called() {
             }
         }
         assert!(partial > 1, "{partial}");
-        // The call and its result go back.
+        // The call and its result go back. Its id is drawn, and with it what the reply begins with: not with its end.
+        let end = tokenizer().token_to_id("<end_of_sentence>").unwrap().to_string();
         let back = json!({"messages": [{"role": "user", "content": "Hi"}, message,
             {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"}],
-            "tools": tools, "max_tokens": 3, "thinking": {"type": "disabled"}});
+            "tools": tools, "max_tokens": 3, "logit_bias": {end: -100}, "thinking": {"type": "disabled"}});
         assert_eq!(server.chat(&back)["usage"]["completion_tokens"], 3);
     }
 }
