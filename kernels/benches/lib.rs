@@ -1,4 +1,5 @@
-//! Criterion as all benches here use it: short runs, at least ten calls each, and allocations as the programs have them.
+//! Criterion as all benches here use it: short runs, at least ten calls each, and what is freed is kept as in the programs (whose
+//! allocator asks for huge pages besides: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` does that here).
 
 use std::time::Duration;
 
