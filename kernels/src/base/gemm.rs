@@ -44,15 +44,21 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// Steps along K, rows and columns of the blocks that one thread packs: a quarter MiB for `a`, half a MiB for `b`.
-const K_BLOCK: usize = 256;
-const ROW_BLOCK: usize = 240;
-const COLUMN_BLOCK: usize = 512;
+/// Steps along K, rows and columns of the blocks that stay in a thread's cache: half a MiB of `b`, at most a quarter of `a`.
+#[derive(Clone, Copy)]
+struct Blocks {
+    steps: usize,
+    rows: usize,
+    columns: usize,
+}
+
+/// Rows of `a` that lie in one piece are multiplied where they lie; few at a time, as they may all compete for the same places
+/// of the cache. Long runs, as each end of one passes over the target.
+const IN_PLACE: Blocks = Blocks { steps: 512, rows: 60, columns: 256 };
+/// Others are packed, for as many columns as there is room for.
+const PACKED: Blocks = Blocks { steps: 256, rows: 240, columns: 512 };
 /// Floats from one packed row to the next: an odd number of cache lines.
-const ROW_STRIDE: usize = K_BLOCK + 16;
-/// Rows of `a` that are less apart are multiplied where they lie. On a Zen 3 that is 3 to 6 % faster at strides of 128 to 384;
-/// from 512 on the rows of a block compete for the same places of the cache, and it is up to 3 % slower.
-const IN_PLACE: usize = 512;
+const ROW_STRIDE: usize = PACKED.steps + 16;
 
 /// `c = (add ? c : 0) + a · b`, with `a [m, k]`, `b [k, n]` and rows of `c` `ldc` apart, at this thread's level on the pool. Each
 /// element is one chain of multiply-adds along k, beginning with `c` if `add`, whatever m and n are.
@@ -138,19 +144,24 @@ pub(crate) unsafe fn blocks(
     ldc: usize,
     add: bool,
 ) {
+    let in_place = a.col_stride == 1;
+    let most = if in_place { IN_PLACE } else { PACKED };
+    // As even as they can be: a last block of a few rows would pass by all columns for little.
+    let block = m.div_ceil(m.div_ceil(most.rows).max(1)).next_multiple_of(12);
+    let panel = most.steps * PANEL;
     SCRATCH.with_borrow_mut(|scratch| {
-        let words = ROW_BLOCK * ROW_STRIDE + COLUMN_BLOCK * K_BLOCK;
+        let words = PACKED.rows * ROW_STRIDE + PACKED.columns * PACKED.steps;
         let scratch = scratch.get_or_insert_with(|| Buffer::words_zeroed(words)).words_mut();
-        let (packed_a, packed_b) = scratch.split_at_mut(ROW_BLOCK * ROW_STRIDE);
-        for column in (0..n).step_by(COLUMN_BLOCK) {
-            let columns = COLUMN_BLOCK.min(n - column);
-            for from in (0..k).step_by(K_BLOCK) {
-                let steps = K_BLOCK.min(k - from);
-                pack_panels(level, b.at(from, column), steps, columns, packed_b);
-                for row in (0..m).step_by(ROW_BLOCK) {
-                    let rows = ROW_BLOCK.min(m - row);
+        let (packed_a, packed_b) = scratch.split_at_mut(PACKED.rows * ROW_STRIDE);
+        for column in (0..n).step_by(most.columns) {
+            let columns = most.columns.min(n - column);
+            for from in (0..k).step_by(most.steps) {
+                let steps = most.steps.min(k - from);
+                pack_panels(level, b.at(from, column), steps, columns, packed_b, panel);
+                for row in (0..m).step_by(block) {
+                    let rows = block.min(m - row);
                     let a = a.at(row, from);
-                    let (data, stride) = if a.col_stride == 1 && a.row_stride < IN_PLACE {
+                    let (data, stride) = if in_place {
                         (a.data, a.row_stride)
                     } else {
                         pack(level, a, rows, steps, packed_a, ROW_STRIDE);
@@ -161,7 +172,7 @@ pub(crate) unsafe fn blocks(
                         let start = c.get().add(row * ldc + column);
                         let target = Target { start, stride: ldc, columns, add: add || from > 0 };
                         let rows = Rows { data, stride, count: rows, index: None };
-                        let panels = Panels { data: packed_b, stride: K_BLOCK * PANEL };
+                        let panels = Panels { data: packed_b, stride: panel };
                         tile::product(level, Kind::F32, steps, rows, panels, target);
                     }
                 }
@@ -173,16 +184,16 @@ pub(crate) unsafe fn blocks(
 /// Panels that are packed side by side: 512 bytes of a row, which the processor fetches ahead better than 128.
 const TOGETHER: usize = 4;
 
-/// The panels of `b [steps, columns]`, [`K_BLOCK`] rows of [`PANEL`] columns each.
-fn pack_panels(level: Level, b: Mat, steps: usize, columns: usize, to: &mut [f32]) {
-    let panels = to.chunks_mut(TOGETHER * K_BLOCK * PANEL).enumerate();
+/// The panels of `b [steps, columns]`, rows of [`PANEL`] columns, so many floats for each.
+fn pack_panels(level: Level, b: Mat, steps: usize, columns: usize, to: &mut [f32], panel: usize) {
+    let panels = to.chunks_mut(TOGETHER * panel).enumerate();
     for (group, to) in panels.take(columns.div_ceil(TOGETHER * PANEL)) {
         let first = group * TOGETHER * PANEL;
         let whole = (columns - first).min(TOGETHER * PANEL) / PANEL;
         let whole = if b.col_stride == 1 && b.row_stride >= whole * PANEL { whole } else { 0 };
         let b = b.at(0, first);
-        copy_panels(level, b.data, b.row_stride, steps, whole, to);
-        for (p, panel) in to.chunks_mut(K_BLOCK * PANEL).enumerate().skip(whole) {
+        copy_panels(level, b.data, b.row_stride, steps, whole, to, panel);
+        for (p, panel) in to.chunks_mut(panel).enumerate().skip(whole) {
             let column = p * PANEL;
             if first + column < columns {
                 pack(level, b.at(0, column), steps, PANEL.min(columns - first - column), panel, PANEL);
@@ -193,17 +204,24 @@ fn pack_panels(level: Level, b: Mat, steps: usize, columns: usize, to: &mut [f32
 
 simd! {
     /// `steps` rows of whole panels, `stride` floats apart.
-    fn copy_panels(from: &[f32], stride: usize, steps: usize, panels: usize, to: &mut [f32]) = copy_panels_body;
+    fn copy_panels(from: &[f32], stride: usize, steps: usize, panels: usize, to: &mut [f32], each: usize) = copy_panels_body;
 }
 
 #[inline(always)]
-fn copy_panels_body<const FMA: bool>(from: &[f32], stride: usize, steps: usize, panels: usize, to: &mut [f32]) {
+fn copy_panels_body<const FMA: bool>(
+    from: &[f32],
+    stride: usize,
+    steps: usize,
+    panels: usize,
+    to: &mut [f32],
+    each: usize,
+) {
     if panels == 0 {
         return;
     }
     for (i, row) in from.chunks(stride).enumerate().take(steps) {
         let row = row.as_chunks::<PANEL>().0;
-        for (row, panel) in row[..panels].iter().zip(to.chunks_mut(K_BLOCK * PANEL)) {
+        for (row, panel) in row[..panels].iter().zip(to.chunks_mut(each)) {
             panel[i * PANEL..][..PANEL].copy_from_slice(row);
         }
     }

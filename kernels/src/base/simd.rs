@@ -207,6 +207,8 @@ pub(crate) unsafe trait Vector: Copy {
     type Columns: AsRef<[Self]>;
     /// Accumulators that fit in the registers beside the operands.
     const ACCUMULATORS: usize;
+    /// All registers.
+    const REGISTERS: usize;
 
     unsafe fn zero() -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -239,6 +241,7 @@ unsafe impl Vector for Plain {
     const LANES: usize = 4;
     type Columns = [Self; 4];
     const ACCUMULATORS: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -303,6 +306,7 @@ mod x86 {
         const LANES: usize = 8;
         type Columns = [Self; 8];
         const ACCUMULATORS: usize = 12;
+        const REGISTERS: usize = 16;
 
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -381,6 +385,7 @@ mod x86 {
         const LANES: usize = 16;
         type Columns = [Self; 16];
         const ACCUMULATORS: usize = 24;
+        const REGISTERS: usize = 32;
 
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -463,6 +468,7 @@ mod x86 {
         const LANES: usize = 16;
         type Columns = [Self; 16];
         const ACCUMULATORS: usize = 24;
+        const REGISTERS: usize = 32;
 
         #[inline(always)]
         unsafe fn zero() -> Self {

@@ -131,7 +131,7 @@ unsafe fn kinds<V: Vector>(kind: Kind, units: usize, rows: Rows, panels: Panels,
     }
 }
 
-/// One step along K for one pair of registers: what the kinds differ in.
+/// One step along K: what the kinds differ in.
 trait Step {
     /// Words of an activation row per unit.
     const WORDS: usize;
@@ -140,35 +140,53 @@ trait Step {
     const FETCHED: usize = 1;
     /// Registers for weights that are not multiplied as they are stored.
     const WIDENED: usize = 0;
-    /// `acc[r][i] += a[r] · b[i]`; the row's words of this unit begin at `a[r] + at`, `b` points at two registers.
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32);
+    /// `acc[n][r][i] += a[r] · b[n][i]`; the row's words of this unit begin at `a[r] + at`, `b[n]` points at two registers.
+    unsafe fn step<V: Vector, const R: usize, const N: usize>(
+        acc: &mut [[[V; 2]; R]; N],
+        a: &[*const f32; R],
+        at: usize,
+        b: &[*const f32; N],
+    );
 }
 
 struct F32;
 struct Bf16;
 struct WideBf16;
 
-/// Two registers.
+/// Two registers of every strip.
 ///
 /// # Safety
 /// So many values are there.
 #[inline(always)]
-unsafe fn pair<V: Vector>(b: *const f32) -> [V; 2] {
-    // SAFETY: the caller's.
-    unsafe { [V::load(b), V::load(b.add(V::LANES))] }
+unsafe fn pairs<V: Vector, const N: usize>(b: &[*const f32; N]) -> [[V; 2]; N] {
+    // SAFETY: the caller's. A loop, as a closure would have no target features.
+    unsafe {
+        let mut pairs = [[V::zero(); 2]; N];
+        for n in 0..N {
+            pairs[n] = [V::load(b[n]), V::load(b[n].add(V::LANES))];
+        }
+        pairs
+    }
 }
 
-/// `acc[r][i] += x[r] · b[i]`, `x[r]` at `a[r] + at`.
+/// `acc[n][r][i] += x[r] · b[n][i]`, `x[r]` at `a[r] + at`.
 ///
 /// # Safety
 /// See [`product`].
 #[inline(always)]
-unsafe fn multiply_add<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: [V; 2]) {
+unsafe fn multiply_add<V: Vector, const R: usize, const N: usize>(
+    acc: &mut [[[V; 2]; R]; N],
+    a: &[*const f32; R],
+    at: usize,
+    b: [[V; 2]; N],
+) {
     for r in 0..R {
         // SAFETY: see `product`.
         unsafe {
             let x = V::splat(a[r].add(at));
-            acc[r] = [acc[r][0].fma(x, b[0]), acc[r][1].fma(x, b[1])];
+            for n in 0..N {
+                acc[n][r] = [acc[n][r][0].fma(x, b[n][0]), acc[n][r][1].fma(x, b[n][1])];
+            }
         }
     }
 }
@@ -177,23 +195,35 @@ impl Step for F32 {
     const WORDS: usize = 1;
     const FETCHED: usize = 2;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+    unsafe fn step<V: Vector, const R: usize, const N: usize>(
+        acc: &mut [[[V; 2]; R]; N],
+        a: &[*const f32; R],
+        at: usize,
+        b: &[*const f32; N],
+    ) {
         // SAFETY: see `product`.
-        unsafe { multiply_add(acc, a, at, pair(b)) }
+        unsafe { multiply_add(acc, a, at, pairs(b)) }
     }
 }
 
 impl Step for Bf16 {
     const WORDS: usize = 1;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+    unsafe fn step<V: Vector, const R: usize, const N: usize>(
+        acc: &mut [[[V; 2]; R]; N],
+        a: &[*const f32; R],
+        at: usize,
+        b: &[*const f32; N],
+    ) {
         // SAFETY: see `product`.
-        let b: [V; 2] = unsafe { pair(b) };
+        let b = unsafe { pairs::<V, N>(b) };
         for r in 0..R {
             // SAFETY: see `product`.
             unsafe {
                 let x = V::splat(a[r].add(at));
-                acc[r] = [acc[r][0].dot_bf16(x, b[0]), acc[r][1].dot_bf16(x, b[1])];
+                for n in 0..N {
+                    acc[n][r] = [acc[n][r][0].dot_bf16(x, b[n][0]), acc[n][r][1].dot_bf16(x, b[n][1])];
+                }
             }
         }
     }
@@ -203,15 +233,27 @@ impl Step for WideBf16 {
     const WORDS: usize = 2;
     const WIDENED: usize = 4;
     #[inline(always)]
-    unsafe fn step<V: Vector, const R: usize>(acc: &mut [[V; 2]; R], a: &[*const f32; R], at: usize, b: *const f32) {
+    unsafe fn step<V: Vector, const R: usize, const N: usize>(
+        acc: &mut [[[V; 2]; R]; N],
+        a: &[*const f32; R],
+        at: usize,
+        b: &[*const f32; N],
+    ) {
         // One half after the other. AVX2 reads both: its 16 registers hold no more beside 12 accumulators, and what the compiler
         // keeps from the first time would go through the stack.
         // SAFETY: see `product`.
         unsafe {
-            let pairs = pair::<V>(b);
-            multiply_add(acc, a, at, pairs.map(|b| b.low_bf16()));
-            let pairs = if V::LANES == 8 { pair::<V>(unknown(b)) } else { pairs };
-            multiply_add(acc, a, at + 1, pairs.map(|b| b.high_bf16()));
+            let both = pairs::<V, N>(b);
+            let mut half = both;
+            for n in 0..N {
+                half[n] = [both[n][0].low_bf16(), both[n][1].low_bf16()];
+            }
+            multiply_add(acc, a, at, half);
+            let both = if V::LANES == 8 { pairs::<V, N>(&b.map(unknown)) } else { both };
+            for n in 0..N {
+                half[n] = [both[n][0].high_bf16(), both[n][1].high_bf16()];
+            }
+            multiply_add(acc, a, at + 1, half);
         }
     }
 }
@@ -224,7 +266,10 @@ const fn free<V: Vector, S: Step>(strips: usize) -> usize {
 /// All tiles of a product. A *strip* is the columns of two registers; a panel is one strip (AVX-512) or a few.
 #[inline(always)]
 unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, target: Target) {
-    let most = V::ACCUMULATORS / 2;
+    // Many rows go by six times two strips where there are registers for that: with 10 loads for 24 multiply-adds instead of 14,
+    // and room for the addresses of more than one step, a core whose other thread is busy is a fifth faster.
+    let wide = rows.count > V::ACCUMULATORS && V::LANES > 8 && S::WIDENED == 0;
+    let most = V::ACCUMULATORS / if wide { 4 } else { 2 };
     let groups = rows.count.div_ceil(most);
     // Groups of rows are as even as they can be: a last group of one row would be all latency.
     let (each, larger) = (rows.count / groups, rows.count % groups);
@@ -238,7 +283,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
     loop {
         let count = block.min(units - from);
         let add = target.add || from > 0;
-        let taken = (ROWS_WORDS / (most * count.max(1))).max(4);
+        let taken = (ROWS_WORDS / count.max(1)).max(48) / most;
         let (mut strip, mut first) = (0, 0);
         while first < groups {
             if strip >= strips {
@@ -261,12 +306,15 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                     let column = (strip + i) * width;
                     *b = b.add(column / PANEL * panels.stride + from * PANEL + column % PANEL);
                 }
-                let mut row = first * each + first.min(larger);
+                let top = first * each + first.min(larger);
+                let mut row = top;
                 let passing = groups.min(first + taken) - first;
                 let streams = V::LANES == 8 || tallest >= S::FETCHED && count >= Ahead::LEAST;
                 let coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride, streams);
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
+                    let last = group + 1 == first + passing;
+                    let following = if last { (top, (strip + n) * width) } else { (row + r, strip * width) };
                     let place = Place {
                         words: rows,
                         row,
@@ -275,6 +323,7 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                         stride: target.stride,
                         columns: (target.columns - strip * width).min(n * width),
                         add,
+                        following: target.start.wrapping_add(following.0 * target.stride + following.1),
                         ahead: coming.ahead(group - first),
                     };
                     tiles::<V, S>(r, n, count, &place, &b);
@@ -299,6 +348,8 @@ struct Place<'a> {
     stride: usize,
     columns: usize,
     add: bool,
+    /// Where the next tile's results go.
+    following: *const f32,
     ahead: Ahead,
 }
 
@@ -339,11 +390,10 @@ struct Coming {
     all: usize,
     /// Tiles that have fetched before the first group.
     before: usize,
-    /// Lines for each tile: few at once, or so many after every few units.
-    own: usize,
+    /// Lines after every few units, and of a tile.
     lines: usize,
     every: usize,
-    units: usize,
+    own: usize,
 }
 
 impl Coming {
@@ -371,14 +421,14 @@ impl Coming {
         let next = from.wrapping_sub(column).wrapping_add(panels * stride);
         let before = column / width * turns;
         if turns == 1 {
-            return Coming { stream, next, all: 0, before, own: 0, lines: 0, every: 1, units };
+            return Coming { stream, next, all: 0, before, lines: 0, every: Ahead::EVERY, own: 0 };
         }
         // Tiles that share a panel: its strips, each as often as there are groups of rows. Each brings its part.
         let tiles = (PANEL / (n * width)).max(1) * turns;
         let all = panels * units * PANEL / Ahead::LINE;
         let every = if tiles < Ahead::MANY { Ahead::EVERY_FEW } else { Ahead::EVERY };
-        let (own, lines) = (all.div_ceil(tiles), (panels * PANEL / Ahead::LINE * every).div_ceil(tiles));
-        Coming { stream, next, all, before, own, lines, every, units }
+        let lines = (panels * PANEL / Ahead::LINE * every).div_ceil(tiles);
+        Coming { stream, next, all, before, lines, every, own: units.div_ceil(every) * lines }
     }
 
     /// For the `turn`-th group.
@@ -387,14 +437,9 @@ impl Coming {
         if let (Some(stream), 0) = (self.stream, turn) {
             return stream;
         }
-        let tile = self.before + turn;
-        if self.own <= 8 {
-            let lines = self.own.min(self.all.saturating_sub(tile * self.own));
-            let start = self.next.wrapping_add(tile * self.own * Ahead::LINE);
-            return Ahead::Next { start, lines, every: self.units.max(1) };
-        }
-        let start = self.next.wrapping_add(tile * self.units.div_ceil(self.every) * self.lines * Ahead::LINE);
-        Ahead::Next { start, lines: self.lines, every: self.every }
+        let from = (self.before + turn) * self.own;
+        let lines = if from < self.all { self.lines } else { 0 };
+        Ahead::Next { start: self.next.wrapping_add(from * Ahead::LINE), lines, every: self.every }
     }
 }
 
@@ -405,6 +450,17 @@ fn unknown(mut at: *const f32) -> *const f32 {
     // SAFETY: no instruction at all.
     unsafe { std::arch::asm!("/* {0} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags)) };
     at
+}
+
+/// Asks for a cache line that will be written, into the first level.
+#[inline(always)]
+fn fetch_target(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as below.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    let _ = at;
 }
 
 /// Asks for a cache line, into the second level.
@@ -479,16 +535,37 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                 }
             }
         }
-        // A macro, not a closure: that would have no target features.
-        macro_rules! steps {
-            ($units:expr) => {
-                for u in $units {
+        // Macros, not closures: these would have no target features.
+        macro_rules! step {
+            ($u:expr) => {{
+                let (u, mut at) = ($u, b);
+                for b in &mut at {
+                    *b = b.add(u * PANEL);
+                }
+                // Every row is read once for all strips, if there are registers for their weights: else once for each.
+                if R == 1 || 2 * R * N + 2 * N + 1 <= V::REGISTERS {
+                    S::step::<V, R, N>(&mut acc, &a, u * S::WORDS, &at);
+                } else {
                     for n in 0..N {
-                        // Rows that are kept for the next strip leave no register for its weights: they are read again.
-                        let keep = if V::LANES == 8 { R != 3 } else { 2 * R * N < 20 };
-                        let a = if keep || n == 0 { a } else { a.map(unknown) };
-                        S::step::<V, R>(&mut acc[n], &a, u * S::WORDS, b[n].add(u * PANEL));
+                        let a = if n == 0 { a } else { a.map(unknown) };
+                        S::step::<V, R, 1>(std::array::from_mut(&mut acc[n]), &a, u * S::WORDS, &[at[n]]);
                     }
+                }
+            }};
+        }
+        macro_rules! steps {
+            ($from:expr, $to:expr) => {
+                let (mut u, to) = ($from, $to);
+                // The addresses of more rows than six take all registers there are for them.
+                while R <= 6 && u + 4 <= to {
+                    for i in 0..4 {
+                        step!(u + i);
+                    }
+                    u += 4;
+                }
+                while u < to {
+                    step!(u);
+                    u += 1;
                 }
             };
         }
@@ -496,8 +573,15 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
         // registers that hold addresses.
         match place.ahead {
             Ahead::Next { mut start, lines, every } => {
-                for from in (0..units).step_by(every) {
-                    steps!(from..units.min(from + every));
+                let mut following = place.following;
+                for (i, from) in (0..units).step_by(every).enumerate() {
+                    steps!(from, units.min(from + every));
+                    if i < R {
+                        for line in 0..(N * width).div_ceil(Ahead::LINE) {
+                            fetch_target(following.wrapping_add(line * Ahead::LINE));
+                        }
+                        following = following.wrapping_add(place.stride);
+                    }
                     for line in 0..lines {
                         fetch(start.wrapping_add(line * Ahead::LINE));
                     }
@@ -506,7 +590,7 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
             }
             Ahead::Stream { mut distance, end, further } => {
                 for from in (0..units).step_by(Ahead::EVERY_FEW) {
-                    steps!(from..units.min(from + Ahead::EVERY_FEW));
+                    steps!(from, units.min(from + Ahead::EVERY_FEW));
                     if from >= end && from < end + Ahead::EVERY_FEW {
                         distance = distance.wrapping_add(further);
                     }
