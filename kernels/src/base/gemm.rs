@@ -172,7 +172,7 @@ pub(crate) unsafe fn blocks(
                         let start = c.get().add(row * ldc + column);
                         let target = Target { start, stride: ldc, columns, add: add || from > 0 };
                         let rows = Rows { data, stride, count: rows, index: None };
-                        let panels = Panels { data: packed_b, stride: panel };
+                        let panels = Panels { data: packed_b, stride: panel, following: None };
                         tile::product(level, Kind::F32, steps, rows, panels, target);
                     }
                 }

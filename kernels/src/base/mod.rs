@@ -26,6 +26,7 @@ pub mod simd;
 pub(crate) mod testing;
 pub(crate) mod tile;
 pub(crate) mod view;
+mod widened;
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[allow(clippy::collapsible_if, clippy::assign_op_pattern, clippy::manual_div_ceil, clippy::eq_op)] // CubeCL's language

@@ -378,7 +378,14 @@ pub(crate) unsafe fn multiply_into(
         let start = c.get().wrapping_add(panels.start * PANEL); // what is before it need not be there
         let target = Target { start, stride: ldc, columns, add: false };
         let rows = Rows { data: data.words(), stride, count, index: rows };
-        tile::product(level, kind, rows_units(kind, acts.k), rows, Panels { data: weights, stride: bytes / 4 }, target);
+        tile::product(
+            level,
+            kind,
+            rows_units(kind, acts.k),
+            rows,
+            Panels { data: weights, stride: bytes / 4, following: None },
+            target,
+        );
     }
 }
 
@@ -408,7 +415,9 @@ pub(crate) unsafe fn multiply_bf16_block(
     let data = data.words().get(first..).unwrap_or_default();
     let rows = Rows { data, stride, count: acts.rows, index: None };
     // SAFETY: the caller answers for the target.
-    unsafe { tile::product(level, kind, units, rows, Panels { data: panel, stride: units * PANEL }, target) }
+    unsafe {
+        tile::product(level, kind, units, rows, Panels { data: panel, stride: units * PANEL, following: None }, target)
+    }
 }
 
 /// `acts · W[matrix]ᵀ` into `c [rows, out]`, on the pool.
@@ -433,6 +442,8 @@ pub fn par_multiply_each<const N: usize>(acts: &Acts, products: [(&Packed, usize
     let all: usize = products.iter().map(|(w, ..)| w.panels()).sum();
     let work = acts.rows.max(4) * acts.k * PANEL;
     let each = all.div_ceil(8 * pool::threads()).max((1_usize << 17).div_ceil(work.max(1)));
+    // Many rows go by two panels at a time.
+    let each = if acts.rows > 24 { each.next_multiple_of(2) } else { each };
     let chunks = products.map(|(w, ..)| w.panels().div_ceil(each));
     pool::run(chunks.iter().sum(), |mut i| {
         for ((w, matrix, c), chunks) in products.iter().zip(chunks) {

@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use super::simd::{Level, Plain, Vector};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Ymm, Zmm, ZmmBf16};
+use super::widened;
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
@@ -43,6 +44,16 @@ pub(crate) struct Rows<'a> {
 pub(crate) struct Panels<'a> {
     pub(crate) data: &'a [f32],
     pub(crate) stride: usize,
+    /// What is read after this product, to be asked for meanwhile.
+    pub(crate) following: Option<Following<'a>>,
+}
+
+/// Panels that are brought into order before they are multiplied: panel `p` is `words` from `data[p * stride]` on.
+#[derive(Clone, Copy)]
+pub(crate) struct Following<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) words: usize,
 }
 
 /// Where the product goes: element (i, j) is `start[i * stride + j]`, for `columns` columns.
@@ -75,6 +86,10 @@ pub(crate) unsafe fn product(level: Level, kind: Kind, units: usize, rows: Rows,
     }
     assert!(rows.data.len() >= last * rows.stride + words);
     assert!(panels.data.len() >= (strips - 1) * panels.stride + units * PANEL);
+    if kind == Kind::WideBf16 && rows.count >= widened::ROWS {
+        // SAFETY: checked here; the target is the caller's.
+        return unsafe { widened::product(level, units, rows, panels, target) };
+    }
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
@@ -310,7 +325,11 @@ unsafe fn sweep<V: Vector, S: Step>(units: usize, rows: Rows, panels: Panels, ta
                 let mut row = top;
                 let passing = groups.min(first + taken) - first;
                 let streams = V::LANES == 8 || tallest >= S::FETCHED && count >= Ahead::LEAST;
-                let coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride, streams);
+                let mut coming = Coming::new::<V>(strip, n, passing, count, b[0], panels.stride, streams);
+                if let Some(following) = panels.following {
+                    let now = first + taken >= groups && from + count >= units;
+                    coming = coming.instead::<V>(following, now, strip, n, passing, count);
+                }
                 for group in first..groups.min(first + taken) {
                     let r = each + usize::from(group < larger);
                     let last = group + 1 == first + passing;
@@ -394,6 +413,8 @@ struct Coming {
     lines: usize,
     every: usize,
     own: usize,
+    /// Pieces that tiles fetch in turn, and words from one to the next.
+    pieces: (usize, usize),
 }
 
 impl Coming {
@@ -421,14 +442,35 @@ impl Coming {
         let next = from.wrapping_sub(column).wrapping_add(panels * stride);
         let before = column / width * turns;
         if turns == 1 {
-            return Coming { stream, next, all: 0, before, lines: 0, every: Ahead::EVERY, own: 0 };
+            return Coming { stream, next, all: 0, before, lines: 0, every: Ahead::EVERY, own: 0, pieces: (1, 0) };
         }
         // Tiles that share a panel: its strips, each as often as there are groups of rows. Each brings its part.
         let tiles = (PANEL / (n * width)).max(1) * turns;
         let all = panels * units * PANEL / Ahead::LINE;
         let every = if tiles < Ahead::MANY { Ahead::EVERY_FEW } else { Ahead::EVERY };
         let lines = (panels * PANEL / Ahead::LINE * every).div_ceil(tiles);
-        Coming { stream, next, all, before, lines, every, own: units.div_ceil(every) * lines }
+        Coming { stream, next, all, before, lines, every, own: units.div_ceil(every) * lines, pieces: (1, 0) }
+    }
+
+    /// Panels of [`Panels::following`], if it is time for them: as many as are multiplied, every other group for the same one.
+    #[inline(always)]
+    fn instead<V: Vector>(
+        self,
+        following: Following,
+        now: bool,
+        strip: usize,
+        n: usize,
+        turns: usize,
+        units: usize,
+    ) -> Self {
+        let (width, column) = (2 * V::LANES, 2 * V::LANES * strip % PANEL);
+        let panels = (n * width).div_ceil(PANEL);
+        let all = if now { following.words / Ahead::LINE } else { 0 };
+        let (before, tiles) = (column / width * turns, (PANEL / (n * width)).max(1) * turns);
+        let (every, times) = (Ahead::EVERY, units.div_ceil(Ahead::EVERY).max(1));
+        let lines = all.div_ceil((tiles / panels).max(1) * times);
+        let next = following.data.as_ptr().wrapping_add(strip * width / PANEL * following.stride);
+        Coming { stream: None, next, all, before, lines, every, own: times * lines, pieces: (panels, following.stride) }
     }
 
     /// For the `turn`-th group.
@@ -437,9 +479,10 @@ impl Coming {
         if let (Some(stream), 0) = (self.stream, turn) {
             return stream;
         }
-        let from = (self.before + turn) * self.own;
+        let (tile, (pieces, apart)) = (self.before + turn, self.pieces);
+        let (piece, from) = (tile % pieces, tile / pieces * self.own);
         let lines = if from < self.all { self.lines } else { 0 };
-        Ahead::Next { start: self.next.wrapping_add(from * Ahead::LINE), lines, every: self.every }
+        Ahead::Next { start: self.next.wrapping_add(piece * apart + from * Ahead::LINE), lines, every: self.every }
     }
 }
 
