@@ -86,7 +86,7 @@ pub(crate) unsafe fn product(level: Level, kind: Kind, units: usize, rows: Rows,
     }
     assert!(rows.data.len() >= last * rows.stride + words);
     assert!(panels.data.len() >= (strips - 1) * panels.stride + units * PANEL);
-    if kind == Kind::WideBf16 && rows.count >= widened::ROWS {
+    if kind == Kind::WideBf16 && widened::pays(level, rows.count) {
         // SAFETY: checked here; the target is the caller's.
         return unsafe { widened::product(level, units, rows, panels, target) };
     }
@@ -586,7 +586,7 @@ unsafe fn tile<V: Vector, S: Step, const R: usize, const N: usize>(units: usize,
                     *b = b.add(u * PANEL);
                 }
                 // Every row is read once for all strips, if there are registers for their weights: else once for each.
-                if R == 1 || 2 * R * N + 2 * N + 1 <= V::REGISTERS {
+                if R == 1 || 2 * R * N + 2 * N < V::REGISTERS {
                     S::step::<V, R, N>(&mut acc, &a, u * S::WORDS, &at);
                 } else {
                     for n in 0..N {
