@@ -2,6 +2,7 @@
 //! the CPU, and the glue to Flex's tensors; and what the CubeCL kernels share.
 
 pub(crate) mod acts;
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
