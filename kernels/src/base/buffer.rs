@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::memory::settle;
+use super::pool;
 
 /// A huge page. From this size on, a buffer is aligned to them and asks the system for them.
 const HUGE: usize = 2 << 20;
@@ -87,10 +88,14 @@ impl Buffer {
         Some(Buffer { start, bytes, _own: None, _shelf: Some(block) }.cleared())
     }
 
-    /// Here and not by the allocator: it is the first touch, after the advice, that decides about a page's size.
+    /// Here and not by the allocator: it is the first touch, after the advice, that decides about a page's size. By all threads,
+    /// as the system clears each page at the first touch too, and a virtual machine's host may have to find it first.
     fn cleared(self) -> Self {
-        // SAFETY: the buffer has so many bytes.
-        unsafe { self.start.as_ptr().write_bytes(0, self.bytes) };
+        let start = SendPtr(self.start.as_ptr());
+        pool::run(self.bytes.div_ceil(HUGE), |i| {
+            // SAFETY: the buffer has so many bytes, and each job clears a piece of its own.
+            unsafe { start.get().add(i * HUGE).write_bytes(0, HUGE.min(self.bytes - i * HUGE)) }
+        });
         self
     }
 
