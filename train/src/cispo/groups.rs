@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use m1_infer::statistics::deviation;
+
 use crate::generate::Ending;
 use crate::loss::is_uniform;
 use crate::metrics::{Response, RlMetrics, SampleRecord};
@@ -110,13 +112,6 @@ pub fn describe(groups: &[Group], metrics: &mut RlMetrics) {
 pub fn perplexity(groups: &[Group]) -> f64 {
     let log_probs = || groups.iter().flat_map(|g| &g.rollouts).flat_map(|r| &r.log_probs);
     (-log_probs().map(|&l| f64::from(l)).sum::<f64>() / log_probs().count() as f64).exp()
-}
-
-/// The standard deviation, of the sample (n - 1).
-fn deviation(values: &[f64]) -> f64 {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0)).sqrt()
 }
 
 #[cfg(test)]
